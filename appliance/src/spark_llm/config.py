@@ -1,0 +1,200 @@
+"""Configuration: flag > ``SPARK_LLM_*`` environment > TOML file > default.
+
+Nested keys are spelt with a dot in messages, a table in TOML and two underscores in the environment:
+``gateway.port``, ``[gateway] port = 8000``, ``SPARK_LLM_GATEWAY__PORT=8000``.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from spark_llm.errors import ConfigError
+from spark_llm.validation import explain
+
+DEFAULT_FILE = Path("/etc/spark-llm/config.toml")
+ENV_PREFIX = "SPARK_LLM_"
+_OTHER_VARIABLES = {"SPARK_LLM_CONFIG", "SPARK_LLM_API_KEY", "SPARK_LLM_NO_NSPAWN"}
+"""Variables with our prefix that are no settings: the file to read, the client's key, the tests' switch."""
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0)]
+Bytes = Annotated[int, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Gateway(_Section):
+    """The front door.
+
+    Attributes:
+        host: address to bind; anything but loopback needs API keys, or ``insecure``.
+        port: TCP port; 0 takes a free one and prints it.
+        insecure: allow a non-loopback address without keys.
+        max_body_bytes: largest request body, in bytes.
+        max_header_bytes: largest request head, in bytes.
+        header_timeout_s: time a client has to send its request's head and body, in seconds.
+        max_running: requests handed to the engine at once.
+        max_queue: requests that wait for one of those places; one more is answered 429.
+        queue_timeout_s: longest wait for a place, in seconds.
+    """
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    insecure: bool = False
+    max_body_bytes: Bytes = 32 * 2**20
+    max_header_bytes: Annotated[int, Field(ge=4096)] = 64 * 2**10
+    header_timeout_s: Seconds = 30.0
+    max_running: Annotated[int, Field(ge=1)] = 256
+    max_queue: Annotated[int, Field(ge=0)] = 256
+    queue_timeout_s: Seconds = 60.0
+
+
+class Engine(_Section):
+    """vLLM and how it is started, watched and stopped.
+
+    Attributes:
+        python: interpreter that has vLLM; empty finds ``.venv-engine`` beside the checkout, else ``python3`` on PATH.
+        stall_timeout_s: a start with no log line, CPU time or I/O for this long has hung, in seconds.
+        drain_timeout_s: time that running requests have to end when stopping, in seconds.
+        stop_timeout_s: time the engine has to exit after that before it is killed, in seconds.
+        restart_budget: restarts allowed within ``restart_window_s``.
+        restart_window_s: in seconds.
+        freeze_timeout_s: requests run but the iteration counter stands still for this long: frozen, in seconds.
+        scrape_interval_s: time between two readings of the engine's metrics, in seconds.
+    """
+
+    python: str = ""
+    stall_timeout_s: Seconds = 120.0
+    drain_timeout_s: Seconds = 30.0
+    stop_timeout_s: Seconds = 20.0
+    restart_budget: Annotated[int, Field(ge=0)] = 3
+    restart_window_s: Seconds = 1800.0
+    freeze_timeout_s: Seconds = 120.0
+    scrape_interval_s: Seconds = 2.0
+
+
+class Paths(_Section):
+    """Where things lie. Empty means: systemd's directory variables, else the XDG base directories.
+
+    Attributes:
+        state: models, receipts, API keys.
+        cache: compile caches, one namespace per manifest.
+        runtime: the engine's socket.
+        profiles: the owner's profiles; they take the place of shipped ones of the same name.
+    """
+
+    state: str = ""
+    cache: str = ""
+    runtime: str = ""
+    profiles: str = "/etc/spark-llm/profiles"
+
+
+class Log(_Section):
+    """Attributes: level: least severe line that is written."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class Settings(BaseSettings):
+    """All of it. Frozen: a reload builds a new one."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_nested_delimiter="__"
+    )
+
+    profile: str = "demo"
+    gateway: Gateway = Gateway()
+    engine: Engine = Engine()
+    paths: Paths = Paths()
+    log: Log = Log()
+
+
+def load(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from all sources.
+
+    Args:
+        file: TOML file; None takes ``$SPARK_LLM_CONFIG``, else ``/etc/spark-llm/config.toml`` if it is there.
+        flags: values given on the command line, nested like the TOML; None values do not count.
+
+    Raises:
+        ConfigError: a file that cannot be read, an unknown key or a wrong type; names the key.
+    """
+    path = _file(file)
+    _refuse_unknown_environment()
+
+    class Loaded(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], **_: PydanticBaseSettingsSource
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (
+                InitSettingsSource(settings_cls, init_kwargs=_without_none(flags or {})),
+                EnvSettingsSource(settings_cls),
+                InitSettingsSource(settings_cls, init_kwargs=_read(path) if path else {}),
+            )
+
+    try:
+        return Loaded()
+    except ValidationError as error:
+        raise ConfigError(explain(error, Settings), hint=_where(path)) from error
+    except SettingsError as error:
+        raise ConfigError(str(error), hint=_where(path)) from error
+
+
+def _file(file: Path | None) -> Path | None:
+    if file is None and (named := os.environ.get(f"{ENV_PREFIX}CONFIG")):
+        file = Path(named)
+    if file is not None:
+        return file
+    return DEFAULT_FILE if DEFAULT_FILE.is_file() else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as stream:
+            return tomllib.load(stream)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+
+
+def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    cleaned = {
+        key: _without_none(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if value is not None
+    }
+    return {key: value for key, value in cleaned.items() if value != {}}
+
+
+def _refuse_unknown_environment() -> None:
+    """A mistyped variable would otherwise be ignored without a word."""
+    known = {f"{ENV_PREFIX}{field.upper()}" for field in Settings.model_fields}
+    for name in os.environ:
+        if not name.startswith(ENV_PREFIX) or name in _OTHER_VARIABLES:
+            continue
+        first = ENV_PREFIX + name.removeprefix(ENV_PREFIX).split("__")[0]
+        if first not in known:
+            near = difflib.get_close_matches(name, known | _OTHER_VARIABLES, n=1, cutoff=0.5)
+            advice = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"unknown environment variable {name}{advice}")
+
+
+def _where(path: Path | None) -> str:
+    read = f"{path}, " if path else ""
+    return f"Looked at: flags, {ENV_PREFIX}* variables, {read}defaults."
