@@ -1,0 +1,211 @@
+"""Who may go next: a bounded queue, fair by key, with a ``Retry-After`` that comes from what was measured. No I/O.
+
+Fair means: of the keys that wait, the one with the fewest running requests goes next; among equals
+the longest wait. A client that sends a thousand requests then delays itself, not the others.
+"""
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from math import ceil
+
+from spark_llm.reason import Reason
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is let in.
+
+    Attributes:
+        max_running: requests at the engine at once.
+        max_queue: requests that wait.
+        max_running_per_key: of one key at the engine; 0 means no limit of its own.
+        max_queue_per_key: of one key that wait; 0 means no limit of its own.
+        queue_timeout_s: longest wait, in seconds.
+    """
+
+    max_running: int = 256
+    max_queue: int = 256
+    max_running_per_key: int = 0
+    max_queue_per_key: int = 0
+    queue_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, eq=False)
+class Ticket:
+    """A request's place. Attributes: deadline: latest time it may be admitted, monotonic, in seconds."""
+
+    key: str
+    arrived: float
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """Why a request was not let in.
+
+    Attributes:
+        status: 429 if the caller is the cause (its own limit or a full queue), 503 if the wait would be in vain.
+        reason: the cause.
+        retry_after_s: when a place is expected, in whole seconds, at least 1.
+    """
+
+    status: int
+    reason: Reason
+    retry_after_s: int
+
+
+@dataclass
+class Rate:
+    """Completions per second over the last ``window_s`` seconds."""
+
+    window_s: float = 60.0
+    _ends: deque[float] = field(default_factory=lambda: deque(maxlen=1024))
+
+    def add(self, now: float) -> None:
+        """One request has ended."""
+        self._ends.append(now)
+
+    def per_second(self, now: float) -> float | None:
+        """None until two requests have ended within the window: one end is no rate."""
+        while self._ends and now - self._ends[0] > self.window_s:
+            self._ends.popleft()
+        if len(self._ends) < 2:  # noqa: PLR2004
+            return None
+        return (len(self._ends) - 1) / max(now - self._ends[0], 1e-3)
+
+
+class Admission:
+    """The queue. All times are the caller's monotonic clock, in seconds; nothing here waits.
+
+    The caller asks with :meth:`offer`, calls :meth:`admit` after each offer, release or cancel and
+    wakes those it returns, and calls :meth:`expire` when a deadline passes (:meth:`next_deadline`).
+    """
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.closed: Reason | None = None
+        self._rate = Rate()
+        self._waiting: dict[str, deque[Ticket]] = {}
+        self._running: Counter[str] = Counter()
+
+    @property
+    def running(self) -> int:
+        """Requests at the engine."""
+        return self._running.total()
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return sum(map(len, self._waiting.values()))
+
+    def offer(self, key: str, now: float, timeout_s: float | None = None) -> Ticket | Rejected:
+        """Ask for a place.
+
+        Args:
+            key: who asks; any stable name of the API key, never the key itself.
+            now: the time.
+            timeout_s: how long this client is ready to wait; None takes the queue's own limit.
+        """
+        if self.closed is not None:
+            return Rejected(503, self.closed, self.retry_after_s(now))
+        mine = len(self._waiting.get(key, ()))
+        if self.limits.max_queue_per_key and mine >= self.limits.max_queue_per_key:
+            return Rejected(429, Reason.QUEUE_FULL, self.retry_after_s(now))
+        free = self.limits.max_running - self.running
+        if self.waiting >= self.limits.max_queue + max(free, 0):
+            return Rejected(429, Reason.QUEUE_FULL, self.retry_after_s(now))
+        patience = self.limits.queue_timeout_s
+        if timeout_s is not None:
+            patience = min(patience, timeout_s)
+        expected = self.expected_wait_s(now)
+        if expected is not None and expected > patience:
+            # Waiting would only end in a timeout; saying so now is kinder than in a minute.
+            return Rejected(503, Reason.DEADLINE, self.retry_after_s(now))
+        ticket = Ticket(key, now, now + patience)
+        self._waiting.setdefault(key, deque()).append(ticket)
+        return ticket
+
+    def admit(self) -> list[Ticket]:
+        """Tickets that may go now; each counts as running until :meth:`release`."""
+        admitted = []
+        while self.closed is None and self.running < self.limits.max_running:
+            ticket = self._next()
+            if ticket is None:
+                break
+            self._running[ticket.key] += 1
+            admitted.append(ticket)
+        return admitted
+
+    def release(self, ticket: Ticket, now: float) -> None:
+        """A running request has ended, well or badly."""
+        self._running[ticket.key] -= 1
+        if self._running[ticket.key] <= 0:
+            del self._running[ticket.key]
+        self._rate.add(now)
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """A waiting client has gone. False if it was not waiting any more."""
+        line = self._waiting.get(ticket.key)
+        if line is None or ticket not in line:
+            return False
+        line.remove(ticket)
+        if not line:
+            del self._waiting[ticket.key]
+        return True
+
+    def expire(self, now: float) -> list[Ticket]:
+        """Tickets whose deadline has passed; they are no longer waiting and are answered 503 ``deadline``."""
+        late = [item for line in self._waiting.values() for item in line if item.deadline <= now]
+        for ticket in late:
+            self.cancel(ticket)
+        return late
+
+    def next_deadline(self) -> float | None:
+        """When :meth:`expire` is next worth calling."""
+        return min(
+            (item.deadline for line in self._waiting.values() for item in line), default=None
+        )
+
+    def close(self, reason: Reason) -> list[Ticket]:
+        """Let nobody in any more (draining, memory); returns those that waited, to be answered 503 ``reason``."""
+        self.closed = reason
+        turned_away = [item for line in self._waiting.values() for item in line]
+        self._waiting.clear()
+        return turned_away
+
+    def open(self) -> None:
+        """Let requests in again."""
+        self.closed = None
+
+    def expected_wait_s(self, now: float) -> float | None:
+        """Time until a request that comes now would be admitted, in seconds; None if nothing was measured yet."""
+        ahead = self.running + self.waiting + 1 - self.limits.max_running
+        if ahead <= 0:
+            return 0.0
+        rate = self._rate.per_second(now)
+        return None if rate is None else ahead / rate
+
+    def retry_after_s(self, now: float) -> int:
+        """For the ``Retry-After`` header: the expected wait, else the queue's limit, between 1 s and 10 min."""
+        expected = self.expected_wait_s(now)
+        if expected is None:
+            expected = self.limits.queue_timeout_s
+        return min(max(ceil(expected), 1), 600)
+
+    def _next(self) -> Ticket | None:
+        limit = self.limits.max_running_per_key
+        best: str | None = None
+        for key, line in self._waiting.items():
+            if limit and self._running[key] >= limit:
+                continue
+            if best is None or (self._running[key], line[0].arrived) < (
+                self._running[best],
+                self._waiting[best][0].arrived,
+            ):
+                best = key
+        if best is None:
+            return None
+        ticket = self._waiting[best].popleft()
+        if not self._waiting[best]:
+            del self._waiting[best]
+        return ticket
