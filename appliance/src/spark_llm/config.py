@@ -135,16 +135,18 @@ def load(file: Path | None = None, flags: Mapping[str, Any] | None = None) -> Se
     """
     path = _file(file)
     _refuse_unknown_environment()
+    given = _without_none(flags or {})
+    written = _read(path) if path else {}
 
     class Loaded(Settings):
         @classmethod
         def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], **_: PydanticBaseSettingsSource
+            cls, settings_cls: type[BaseSettings], *_: object, **__: object
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return (
-                InitSettingsSource(settings_cls, init_kwargs=_without_none(flags or {})),
+                InitSettingsSource(settings_cls, init_kwargs=given),
                 EnvSettingsSource(settings_cls),
-                InitSettingsSource(settings_cls, init_kwargs=_read(path) if path else {}),
+                InitSettingsSource(settings_cls, init_kwargs=written),
             )
 
     try:

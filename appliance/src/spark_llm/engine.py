@@ -1,0 +1,163 @@
+"""The engine as a process: start, read, stop, and leave nothing behind.
+
+The engine runs in a session of its own, so that a signal to its process group reaches vLLM's engine core and workers
+too. This process makes itself their reaper (``PR_SET_CHILD_SUBREAPER``): when the API process dies first, its children
+become ours, and "the group is empty" is something waited for, not hoped for.
+"""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from spark_llm import launch
+from spark_llm.argv import Argv
+from spark_llm.errors import RefusedError
+from spark_llm.reason import Reason
+from spark_llm.vitals import Vitals, read_vitals
+
+_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
+_TAIL_LINES = 40
+_LINE_LIMIT = 16 * 1024
+_REAP_INTERVAL_S = 0.05
+
+
+class EngineProcess:
+    """One run of vLLM.
+
+    Attributes:
+        pid: of the API process, which leads the group.
+        tail: its last log lines.
+        exited: set once every process of the group is gone.
+    """
+
+    def __init__(self, process: "subprocess.Popen[bytes]", on_line: Callable[[str], None]) -> None:
+        self.pid = process.pid
+        self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
+        self.exited = asyncio.Event()
+        self.returncode: int | None = None
+        self._process = process
+        self._on_line = on_line
+        self._tasks = (
+            asyncio.create_task(self._read(), name="engine-log"),
+            asyncio.create_task(self._reap(), name="engine-reaper"),
+        )
+
+    @classmethod
+    def start(cls, argv: Argv, *, socket: Path, on_line: Callable[[str], None]) -> "EngineProcess":
+        """Start the engine; a socket left by an earlier one is removed, since vLLM would refuse to bind it.
+
+        Raises:
+            RefusedError: the program is not there.
+        """
+        program = Path(argv.args[0])
+        if not (program.is_file() and os.access(program, os.X_OK)):
+            raise RefusedError(
+                f"the engine's interpreter {program} is not there",
+                reason=Reason.ENGINE_MISSING,
+                hint="In a checkout, `make engine` installs it; engine.python names another.",
+            )
+        socket.unlink(missing_ok=True)
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        process = subprocess.Popen(  # noqa: S603  the arguments are ours
+            [sys.executable, "-IS", launch.__file__, str(os.getpid()), *argv.args],
+            env=argv.environment,
+            cwd=argv.environment["HOME"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        return cls(process, on_line)
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM, wait ``grace_s`` seconds for the whole group, then SIGKILL; returns when it is empty."""
+        self._signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(grace_s):
+                await self.exited.wait()
+        except TimeoutError:
+            await self.kill()
+
+    async def kill(self) -> None:
+        """SIGKILL to every process of the group; returns when it is empty."""
+        self._signal(signal.SIGKILL)
+        await self.exited.wait()
+
+    def vitals(self) -> Vitals:
+        """What the group has consumed so far."""
+        return read_vitals(self.pid)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if not self.exited.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+
+    async def _read(self) -> None:
+        assert self._process.stdout is not None  # noqa: S101  for the type checker: PIPE was asked for
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout
+        )
+        rest = b""
+        try:
+            while chunk := await reader.read(_LINE_LIMIT):
+                # Progress bars end their lines with a return. A line longer than the limit comes in pieces.
+                *lines, rest = re.split(rb"[\r\n]", rest + chunk)
+                if len(rest) > _LINE_LIMIT:
+                    lines.append(rest)
+                    rest = b""
+                for line in lines:
+                    self._take(line)
+            self._take(rest)
+        finally:
+            transport.close()
+
+    def _take(self, raw: bytes) -> None:
+        if line := raw.decode(errors="replace").rstrip():
+            self.tail.append(line)
+            self._on_line(line)
+
+    async def _reap(self) -> None:
+        """Wait for the API process, kill what it left, and reap the group until it is empty."""
+        pidfd = os.pidfd_open(self.pid)
+        try:
+            await _readable(pidfd)
+        finally:
+            os.close(pidfd)
+        self.returncode = self._process.wait()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        while _group_lives(self.pid):  # noqa: ASYNC110  no event tells that a group became empty
+            await asyncio.sleep(_REAP_INTERVAL_S)
+        await asyncio.wait({self._tasks[0]}, timeout=1.0)  # the last lines say why it died
+        self.exited.set()
+
+
+async def _readable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    event = asyncio.Event()
+    loop.add_reader(fd, event.set)
+    try:
+        await event.wait()
+    finally:
+        loop.remove_reader(fd)
+
+
+def _group_lives(group: int) -> bool:
+    """Reap what can be reaped of ``group``; True while a process of it is left."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-group, os.WNOHANG)[0]:
+            pass
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
