@@ -1,0 +1,148 @@
+"""Locks between processes, with the owner's pid and reason.
+
+A lock is a file held with flock(2): the kernel lets go of it when its owner dies, however it dies, so there is no stale
+lock to break. What the file says about its owner is for people; it never decides anything.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from spark_llm.errors import TryAgainError
+from spark_llm.reason import Reason
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Who holds a lock.
+
+    Attributes:
+        pid: process id, in the owner's pid namespace.
+        reason: what for: ``pull``, ``rm``, ``serving``.
+        since: Unix time, in seconds.
+    """
+
+    pid: int
+    reason: str
+    since: float
+
+    @property
+    def alive(self) -> bool:
+        """Whether a process of that id runs; it may be another one by now."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+
+class BusyError(TryAgainError):
+    """Somebody else holds the lock.
+
+    Attributes:
+        owner: who, or None where the file does not say.
+    """
+
+    def __init__(self, what: str, owner: Owner | None) -> None:
+        self.owner = owner
+        by = f" by process {owner.pid} ({owner.reason})" if owner else ""
+        super().__init__(
+            f"{what} is in use{by}",
+            reason=Reason.MODEL_BUSY,
+            hint="Wait until it is done, or stop that process.",
+        )
+
+
+class Lock:
+    """One lock file. Several shared holders, or one exclusive one.
+
+    Args:
+        path: made if it is missing; stays when released, because deleting a held lock file would let two owners in.
+        what: the thing it guards, for messages.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        self.path = path
+        self._what = what
+
+    @contextlib.contextmanager
+    def hold(self, reason: str, *, shared: bool = False, wait: bool = False) -> Iterator[int]:
+        """Hold the lock; yields its file descriptor, which a child may inherit to hold it too.
+
+        A shared hold works in a store that this process may only read: it then locks an existing file, or none (-1),
+        for what nobody here may write nobody here can remove.
+
+        Raises:
+            BusyError: somebody else has it and ``wait`` is False.
+        """
+        mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
+        writable = True
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            if not shared or error.errno not in _READ_ONLY:
+                raise
+            writable = False
+            descriptor = _open_existing(self.path)
+        if descriptor < 0:
+            yield descriptor
+            return
+        try:
+            try:
+                fcntl.flock(descriptor, mode)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise BusyError(self._what, self.owner()) from None
+                raise
+            if writable:
+                _write(descriptor, Owner(os.getpid(), reason, time.time()))
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def owner(self) -> Owner | None:
+        """The last one who took the lock and wrote its name."""
+        try:
+            return Owner(**json.loads(self.path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def held(self) -> Owner | None:
+        """Its owner if somebody holds it now, else None."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return self.owner() or Owner(0, "unknown", 0.0)
+        finally:
+            os.close(descriptor)
+        return None
+
+
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+def _open_existing(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def _write(descriptor: int, owner: Owner) -> None:
+    """Overwrite in place: a rename would change the inode that others hold."""
+    text = json.dumps(asdict(owner)).encode()
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, text, 0)
