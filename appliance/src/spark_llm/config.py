@@ -103,6 +103,43 @@ class Paths(_Section):
     profiles: str = "/etc/spark-llm/profiles"
 
 
+class Store(_Section):
+    """Models on disk and how they are fetched.
+
+    Attributes:
+        endpoint: base URL of the hub; empty takes ``$HF_ENDPOINT``, else huggingface.co.
+        token_file: file with the hub token, read by the fetching process alone; empty takes the systemd credential
+            ``hub-token``, then ``$HF_TOKEN``, then the file that ``hf auth login`` writes.
+        reserve_bytes: disk space that a download leaves free, in bytes.
+        workers: files fetched at once.
+        stall_timeout_s: a transfer without a byte for this long is killed and tried again, in seconds.
+        attempts: tries in a row that may bring nothing before a fetch gives up.
+        backoff_s: wait before the second try, in seconds; doubles up to a minute.
+        xet: let the first try use the hub's Xet storage; later ones never do.
+    """
+
+    endpoint: str = ""
+    token_file: str = ""
+    reserve_bytes: Annotated[int, Field(ge=0)] = 10 * 2**30
+    workers: Annotated[int, Field(ge=1, le=64)] = 8
+    stall_timeout_s: Seconds = 60.0
+    attempts: Annotated[int, Field(ge=1)] = 6
+    backoff_s: Seconds = 1.0
+    xet: bool = True
+
+
+class Cache(_Section):
+    """Compile caches.
+
+    Attributes:
+        max_bytes: all namespaces together, in bytes; the least recently used go first.
+        keep: namespaces that stay whatever they take, so that the way back to the last model is warm.
+    """
+
+    max_bytes: Bytes = 40 * 2**30
+    keep: Annotated[int, Field(ge=1)] = 2
+
+
 class Log(_Section):
     """Attributes: level: least severe line that is written."""
 
@@ -120,6 +157,8 @@ class Settings(BaseSettings):
     gateway: Gateway = Gateway()
     engine: Engine = Engine()
     paths: Paths = Paths()
+    store: Store = Store()
+    cache: Cache = Cache()
     log: Log = Log()
 
 
