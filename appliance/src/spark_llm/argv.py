@@ -1,11 +1,12 @@
 """The engine's command line and environment, from a profile. Pure."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from spark_llm.errors import ConfigError
-from spark_llm.profile import Profile
+from spark_llm.profile import Engine, Profile
 from spark_llm.reason import Reason
 
 SOCKET_PATH_LIMIT = 107
@@ -26,6 +27,15 @@ _ALWAYS = {
     # The compiled-artifact load of 0.32.0 fails ("'function' object has no attribute 'finalize_loading'",
     # compilation/decorators.py:315) and then compiles everything again, at every start.
     "VLLM_USE_AOT_COMPILE": "0",
+}
+
+_CUDA = {
+    # Without it FlashInfer's fast decode (XQA) hangs on a probe of the vendor's server, and is lost offline
+    # (vllm/utils/flashinfer.py, has_nvidia_artifactory).
+    "VLLM_HAS_FLASHINFER_CUBIN": "1",
+    # Block-FP8 MoE loses accuracy on DeepGEMM, and 0.32.0 does not keep it off (fused_moe/oracle/fp8.py).
+    "VLLM_USE_DEEP_GEMM": "0",
+    "MAX_JOBS": "4",  # a first start's compilers share the memory with the model
 }
 
 
@@ -52,6 +62,8 @@ def build(  # noqa: PLR0913  one argument per fact that the command line is made
     shutdown_timeout_s: float,
     inherited: Mapping[str, str],
     caches: Mapping[str, str],
+    gpu_memory_utilization: float | None = None,
+    draft: Path | None = None,
 ) -> Argv:
     """Command line and environment of the engine.
 
@@ -65,9 +77,11 @@ def build(  # noqa: PLR0913  one argument per fact that the command line is made
             default is 0, which aborts them.
         inherited: the caller's environment; only a few harmless names are passed on, so no token or key can be.
         caches: variables that send every cache below one namespace.
+        gpu_memory_utilization: the ledger's share for the engine's own start check; None leaves it to vLLM.
+        draft: folder of the verified draft model, where the profile has one.
 
     Raises:
-        ConfigError: the socket's path is too long for the kernel.
+        ConfigError: the socket's path is too long for the kernel, or the draft's folder is missing.
     """
     if len(str(socket).encode()) > SOCKET_PATH_LIMIT:
         raise ConfigError(
@@ -99,11 +113,61 @@ def build(  # noqa: PLR0913  one argument per fact that the command line is made
         "--shutdown-timeout",
         str(round(shutdown_timeout_s)),
         "--disable-uvicorn-access-log",  # the gateway writes one line per request already
+        *_options(profile, draft),
+        *(
+            ("--gpu-memory-utilization", str(gpu_memory_utilization))
+            if gpu_memory_utilization is not None
+            else ()
+        ),
         *profile.flags,
     )
     environment = {name: inherited[name] for name in _PASSED_ON if name in inherited}
-    environment |= {"HOME": str(home), **_ALWAYS, **caches, **profile.environment}
+    cuda = _CUDA if profile.engine is Engine.CUDA else {}
+    environment |= {"HOME": str(home), **_ALWAYS, **cuda, **caches, **profile.environment}
     return Argv(args, environment)
+
+
+def _options(profile: Profile, draft: Path | None) -> list[str]:
+    """Flags of the profile's optional keys; a key at its default adds none."""
+    valued = {
+        "--block-size": profile.block_size or "",
+        "--mamba-ssm-cache-dtype": profile.state_dtype,
+        "--load-format": profile.load_format,
+        "--tool-call-parser": profile.tool_parser,
+        "--reasoning-parser": profile.reasoning_parser,
+        "--attention-backend": profile.backends.attention,
+        "--linear-backend": profile.backends.linear,
+        "--moe-backend": profile.backends.moe,
+        "--tensor-parallel-size": profile.nodes if profile.nodes > 1 else "",
+        "--speculative-config": _speculative_config(profile, draft),
+    }
+    switched = {
+        "--enable-auto-tool-choice": bool(profile.tool_parser),
+        "--enforce-eager": profile.eager,
+        "--enable-prefix-caching": profile.prefix_caching,
+        "--no-enable-prefix-caching": not profile.prefix_caching,
+    }
+    options = [item for name, value in valued.items() if value != "" for item in (name, str(value))]
+    return options + [name for name, on in switched.items() if on]
+
+
+def _speculative_config(profile: Profile, draft: Path | None) -> str:
+    speculative = profile.speculative
+    if speculative is None:
+        return ""
+    if speculative.model and draft is None:
+        raise ConfigError(
+            f"the draft model {speculative.model} of profile {profile.name} is not there",
+            reason=Reason.MODEL_MISSING,
+            hint="`spark-llm pull` fetches it; `--no-mtp` serves without it.",
+        )
+    config: dict[str, str | int] = {"method": speculative.method}
+    if draft is not None and speculative.model:
+        config["model"] = str(draft)
+    config["num_speculative_tokens"] = speculative.tokens
+    if speculative.moe_backend:
+        config["moe_backend"] = speculative.moe_backend
+    return json.dumps(config, separators=(",", ":"))
 
 
 def served_names(profile: Profile) -> tuple[str, ...]:

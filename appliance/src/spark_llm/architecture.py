@@ -1,0 +1,236 @@
+"""What a model's config.json says about memory: which layers keep what per token or per sequence. Pure.
+
+Every layer that keeps something between engine steps becomes one :class:`Attention` or one
+:class:`State`; models differ only in which they mix. Reading follows vLLM 0.32.0
+(``transformers_utils/model_arch_config_convertor.py``,
+``model_executor/layers/mamba/mamba_utils.py``).
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spark_llm.errors import ConfigError
+from spark_llm.reason import Reason
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A layer with a KV cache.
+
+    Attributes:
+        kv_heads: heads of K and V.
+        key_size: elements of one K head.
+        value_size: elements of one V head; 0 for MLA, which stores one latent vector instead of K and V.
+        window: tokens a sliding-window layer looks back; 0 for full attention.
+    """
+
+    kv_heads: int
+    key_size: int
+    value_size: int
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class State:
+    """A recurrent layer (gated delta net, Mamba 2): fixed size per sequence, whatever its length.
+
+    Attributes:
+        conv_width: channels of the convolution's state.
+        conv_rows: rows of that state without speculation (kernel size minus one); one more per draft token.
+        state_elements: elements of the recurrent state.
+    """
+
+    conv_width: int
+    conv_rows: int
+    state_elements: int
+
+
+Layer = Attention | State
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Attributes: total: routed experts per layer; active: of them used by one token."""
+
+    total: int
+    active: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model, as far as memory is concerned.
+
+    Attributes:
+        model_type: ``model_type`` of config.json.
+        layers: each distinct layer and how many there are of it.
+        draft_layers: attention layers of the built-in MTP module, in the same form; kept only with speculation.
+        dtype: the model's own, e.g. ``bfloat16``.
+        state_dtype: of the recurrent state where config.json names one, else empty.
+        max_context: longest context the model was made for, in tokens.
+        tied_embeddings: input embedding and LM head are one tensor.
+        experts: None for a dense model.
+        vocabulary: tokens; a draft model must have the same.
+        hidden: width of the residual stream.
+        widest: width of the widest layer that one token passes: MLP, or its active experts together.
+    """
+
+    model_type: str
+    layers: tuple[tuple[Layer, int], ...]
+    draft_layers: tuple[tuple[Layer, int], ...]
+    dtype: str
+    state_dtype: str
+    max_context: int
+    tied_embeddings: bool
+    experts: Experts | None
+    vocabulary: int
+    hidden: int
+    widest: int
+
+
+def read_architecture(config: Mapping[str, Any]) -> Architecture:
+    """Architecture from a parsed config.json.
+
+    Raises:
+        ConfigError: a kind of layer that this cannot count; guessing would defeat the ledger.
+    """
+    text: Mapping[str, Any] = config.get("text_config") or config.get("llm_config") or config
+    layers = Counter(_layers(text))
+    if not layers:
+        raise _unknown(text, "it names no layers")
+    heads = [layer for layer in layers if isinstance(layer, Attention) and not layer.window]
+    drafts = int(_first(text, "mtp_num_hidden_layers", "num_nextn_predict_layers") or 0)
+    experts = int(_first(text, "num_experts", "num_local_experts", "n_routed_experts") or 0)
+    dtype = _first(config, "dtype", "torch_dtype") or _first(text, "dtype", "torch_dtype")
+    return Architecture(
+        model_type=str(text.get("model_type", "")),
+        layers=tuple(layers.items()),
+        draft_layers=((heads[0], drafts or 1),) if heads else (),
+        dtype=str(dtype or "bfloat16").removeprefix("torch."),
+        state_dtype=_state_dtype(text),
+        max_context=int(text.get("max_position_embeddings") or 0),
+        tied_embeddings=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings"))),
+        experts=Experts(experts, int(text["num_experts_per_tok"])) if experts else None,
+        vocabulary=int(text.get("vocab_size") or 0),
+        hidden=int(text.get("hidden_size") or 0),
+        widest=_widest(text),
+    )
+
+
+def _widest(text: Mapping[str, Any]) -> int:
+    dense = int(text.get("intermediate_size") or 0)
+    # gpt-oss and MiniMax call an expert's width intermediate_size.
+    expert = int(text.get("moe_intermediate_size") or dense)
+    routed = expert * int(text.get("num_experts_per_tok") or 0)
+    shared = int(text.get("shared_expert_intermediate_size") or 0)
+    return max(dense, routed + shared)
+
+
+def _layers(text: Mapping[str, Any]) -> list[Layer]:
+    count = int(text.get("num_hidden_layers") or 0)
+    kinds = _kinds(text, count)
+    # Gemma 3n and 4 let the last layers read the cache of earlier ones.
+    shared = int(text.get("num_kv_shared_layers") or 0)
+    kept = kinds[: len(kinds) - shared] if shared else kinds
+    built: list[Layer] = []
+    for kind in kept:
+        if kind == "full_attention":
+            built.append(_full(text))
+        elif kind == "sliding_attention":
+            built.append(_sliding(text))
+        elif kind == "state":
+            built.append(_state(text))
+        elif kind != "none":
+            raise _unknown(text, f"layer type {kind!r}")
+    return built
+
+
+_KIND_NAMES = {
+    "full_attention": "full_attention",
+    "attention": "full_attention",
+    "sliding_attention": "sliding_attention",
+    "linear_attention": "state",
+    "mamba": "state",
+    "mamba2": "state",
+    "moe": "none",
+    "mlp": "none",
+}
+_NEMOTRON_LETTERS = {"M": "state", "*": "full_attention", "-": "none", "E": "none"}
+
+
+def _kinds(text: Mapping[str, Any], count: int) -> list[str]:
+    """Kind of each layer: ``full_attention``, ``sliding_attention``, ``state`` or ``none``."""
+    if pattern := text.get("hybrid_override_pattern"):
+        return [_NEMOTRON_LETTERS.get(letter, letter) for letter in pattern]
+    if types := _first(text, "layer_types", "layers_block_type"):
+        return [_KIND_NAMES.get(kind, kind) for kind in types]
+    if interval := text.get("full_attention_interval"):
+        return ["state" if (index + 1) % interval else "full_attention" for index in range(count)]
+    windowed = text.get("sliding_window") and text.get("use_sliding_window", True)
+    return ["sliding_attention" if windowed else "full_attention"] * count
+
+
+def _head_size(text: Mapping[str, Any]) -> int:
+    return int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
+
+
+def _full(text: Mapping[str, Any]) -> Attention:
+    if rank := text.get("kv_lora_rank"):
+        if text.get("index_topk"):
+            raise _unknown(text, "sparse MLA with an indexer")
+        return Attention(1, int(rank) + int(text["qk_rope_head_dim"]), 0)
+    # Gemma 4's full-attention layers have heads of their own size and number.
+    size = int(text.get("global_head_dim") or _head_size(text))
+    heads = int(
+        _first(text, "num_global_key_value_heads", "num_key_value_heads")
+        or text["num_attention_heads"]
+    )
+    return Attention(heads, size, int(text.get("v_head_dim") or size))
+
+
+def _sliding(text: Mapping[str, Any]) -> Attention:
+    size = _head_size(text)
+    heads = int(text.get("num_key_value_heads") or text["num_attention_heads"])
+    return Attention(heads, size, size, int(text["sliding_window"]))
+
+
+def _state(text: Mapping[str, Any]) -> State:
+    if "linear_num_value_heads" in text:
+        keys = text["linear_num_key_heads"] * text["linear_key_head_dim"]
+        values = text["linear_num_value_heads"] * text["linear_value_head_dim"]
+        return State(
+            conv_width=2 * keys + values,
+            conv_rows=text["linear_conv_kernel_dim"] - 1,
+            state_elements=values * text["linear_key_head_dim"],
+        )
+    if "ssm_state_size" in text:
+        inner = text["mamba_num_heads"] * text["mamba_head_dim"]
+        return State(
+            conv_width=inner + 2 * text["n_groups"] * text["ssm_state_size"],
+            conv_rows=text["conv_kernel"] - 1,
+            state_elements=inner * text["ssm_state_size"],
+        )
+    raise _unknown(text, "a recurrent layer of unknown shape")
+
+
+def _state_dtype(text: Mapping[str, Any]) -> str:
+    """What vLLM's ``auto`` means: config.json's value, float32 for Nemotron-H without one."""
+    named = _first(text, "mamba_ssm_dtype", "mamba_ssm_cache_dtype")
+    if named:
+        return str(named)
+    return "float32" if "ssm_state_size" in text else ""
+
+
+def _first(mapping: Mapping[str, Any], *names: str) -> Any:  # noqa: ANN401  JSON values
+    return next((mapping[name] for name in names if mapping.get(name) is not None), None)
+
+
+def _unknown(text: Mapping[str, Any], what: str) -> ConfigError:
+    return ConfigError(
+        f"cannot count the memory of model type {text.get('model_type')!r}: {what}",
+        reason=Reason.BAD_PROFILE,
+        hint="Such a model can be served with kv_cache_bytes and memory.weights_bytes set in its profile.",
+    )

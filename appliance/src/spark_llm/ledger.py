@@ -1,0 +1,279 @@
+"""Does it fit? Every byte the engine will take, line by line, against what the machine has. Pure.
+
+Unified memory leaves no room for guesses: what does not fit does not fail, it freezes the host. So
+each line names where its number comes from, and what is not known is rounded up.
+"""
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from math import ceil
+
+from spark_llm import kv_cache
+from spark_llm.architecture import DTYPE_BYTES, Architecture
+from spark_llm.errors import ConfigError
+from spark_llm.profile import Engine, Profile
+from spark_llm.reason import Reason
+from spark_llm.weights import Weights
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What an engine takes beside weights and KV cache, in bytes; numbers and sources in memory.toml."""
+
+    runtime_bytes: int
+    runtime_source: str
+    graph_bytes: int
+    graph_source: str
+    shared_bytes: int
+    shared_source: str
+    block_size: int
+    load_factor: float
+
+
+@cache
+def overhead(engine: Engine) -> Overhead:
+    """Overhead of one build of the engine, from memory.toml."""
+    table = tomllib.loads(files("spark_llm").joinpath("memory.toml").read_text(encoding="utf-8"))
+    return Overhead(**table[engine.value])
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model without loading it. Attributes: draft, draft_weights: of a draft model of its own."""
+
+    architecture: Architecture
+    weights: Weights
+    draft: Architecture | None = None
+    draft_weights: Weights | None = None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Memory of one node, in bytes.
+
+    Attributes:
+        total: ``MemTotal``.
+        available: ``MemAvailable`` now; equal to ``total`` for a machine that is only imagined.
+        reserve: kept for the host.
+    """
+
+    total: int
+    available: int
+    reserve: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """One entry. Attributes: name: what; size: bytes; source: where the number comes from."""
+
+    name: str
+    size: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The whole account of one node.
+
+    Attributes:
+        lines: what the engine takes.
+        machine: what there is.
+        kv_cache_bytes: size of the KV cache.
+        tokens: tokens that the cache holds in sequences of ``context``; 0 if the model is not known.
+        sequences: sequences of ``context`` that fit the cache at once; 0 if the model is not known.
+        context: longest sequence, in tokens.
+        longest_context: largest context that would fit this machine for one sequence, with all
+            memory that is left as KV
+            cache, in tokens; None if the model is not known.
+    """
+
+    lines: tuple[Line, ...]
+    machine: Machine
+    kv_cache_bytes: int
+    tokens: int
+    sequences: float
+    context: int
+    longest_context: int | None
+
+    @property
+    def need_bytes(self) -> int:
+        """Sum of all lines."""
+        return sum(line.size for line in self.lines)
+
+    @property
+    def fits_now(self) -> bool:
+        """Whether it fits what is available now."""
+        return self.need_bytes <= self.machine.available - self.machine.reserve
+
+    @property
+    def fits_machine(self) -> bool:
+        """Whether it would fit an otherwise idle machine."""
+        return self.need_bytes <= self.machine.total - self.machine.reserve
+
+    @property
+    def gpu_memory_utilization(self) -> float:
+        """``--gpu-memory-utilization``: our need as a share of the machine, and no more.
+
+        vLLM sizes nothing by it once the KV cache is given in bytes, but refuses to start with less
+        free memory than this (``v1/worker/utils.py``).
+        """
+        return min(0.99, max(0.01, ceil(self.need_bytes / self.machine.total * 100) / 100))
+
+
+def account(profile: Profile, machine: Machine, model: Model | None) -> Ledger:
+    """The ledger of ``profile`` on one node.
+
+    Args:
+        profile: what is to be served; its KV cache is taken as given.
+        machine: memory of the node.
+        model: None if neither config.json nor headers could be read; the profile's own figures are used then.
+
+    Raises:
+        ConfigError: the cache cannot hold one sequence, the context is above the model's, the draft
+            does not match, or nothing
+            is known of the weights.
+    """
+    if model is not None:
+        check(profile, model)
+    extra = overhead(profile.engine)
+    layout = None
+    if model is not None:
+        layout = kv_cache.layout(model.architecture, cache_options(profile), model.draft)
+        _check_cache(profile, layout)
+    lines = (
+        *_weights(profile, model, extra),
+        Line("KV cache", profile.kv_cache_bytes, "the profile's kv_cache_bytes"),
+        Line("activations", _activations(profile, model), _ACTIVATION_SOURCE),
+        Line("CUDA graphs", 0 if profile.eager else extra.graph_bytes, extra.graph_source),
+        Line("runtime", extra.runtime_bytes, extra.runtime_source),
+        Line("shared memory", extra.shared_bytes * profile.nodes, extra.shared_source),
+    )
+    lines = tuple(line for line in lines if line.size)
+    others = sum(line.size for line in lines) - profile.kv_cache_bytes
+    room = max(machine.total - machine.reserve - others, 0)
+    longest = None
+    sequences = 0.0
+    if model is not None and layout is not None:
+        limit = model.architecture.max_context or 2**24
+        longest = layout.longest(room, limit=limit)
+        sequences = layout.sequences(profile.kv_cache_bytes, profile.context)
+    return Ledger(
+        lines=lines,
+        machine=machine,
+        kv_cache_bytes=profile.kv_cache_bytes,
+        tokens=int(sequences * profile.context),
+        sequences=sequences,
+        context=profile.context,
+        longest_context=longest,
+    )
+
+
+def kv_cache_bytes_for(profile: Profile, model: Model, sequences: int) -> int:
+    """KV cache in bytes that holds ``sequences`` of the profile's context at once, and vLLM's one spare block."""
+    layout = kv_cache.layout(model.architecture, cache_options(profile), model.draft)
+    return (layout.blocks_per_sequence(profile.context) * sequences + 1) * layout.block_bytes
+
+
+def cache_options(profile: Profile) -> kv_cache.CacheOptions:
+    """The engine settings that decide the cache's layout."""
+    speculative = profile.speculative
+    return kv_cache.CacheOptions(
+        kv_dtype=profile.kv_cache_dtype,
+        block_size=profile.block_size or overhead(profile.engine).block_size,
+        max_num_batched_tokens=profile.max_num_batched_tokens,
+        speculative_tokens=speculative.tokens if speculative else 0,
+        draft_in_model=bool(speculative and speculative.in_model),
+        state_dtype=profile.state_dtype,
+        prefix_caching=profile.prefix_caching,
+        tensor_parallel=profile.nodes,
+    )
+
+
+def check(profile: Profile, model: Model) -> None:
+    """Refuse a profile that contradicts its model.
+
+    Raises:
+        ConfigError: context above the model's; a draft with another vocabulary; MTP where the checkpoint has none.
+    """
+    architecture = model.architecture
+    if architecture.max_context and profile.context > architecture.max_context:
+        raise ConfigError(
+            f"context = {profile.context} is above the {architecture.max_context} tokens {profile.model} was made for",
+            reason=Reason.BAD_PROFILE,
+            hint=f"Set context to {architecture.max_context} or less.",
+        )
+    speculative = profile.speculative
+    if speculative is None:
+        return
+    if model.draft and model.draft.vocabulary != architecture.vocabulary:
+        raise ConfigError(
+            f"draft {speculative.model} has {model.draft.vocabulary} tokens, {profile.model} has "
+            f"{architecture.vocabulary}: their tokenizers do not match",
+            reason=Reason.BAD_PROFILE,
+            hint="Use the draft made for this model, or remove [speculative].",
+        )
+
+
+def _check_cache(profile: Profile, layout: kv_cache.Layout) -> None:
+    needed = layout.bytes_per_sequence(profile.context)
+    if profile.kv_cache_bytes < layout.block_bytes:
+        raise ConfigError(
+            f"kv_cache_bytes = {profile.kv_cache_bytes} is less than one block ({layout.block_bytes} bytes)",
+            reason=Reason.BAD_PROFILE,
+            hint=f"One sequence of {profile.context} tokens needs {needed}.",
+        )
+    if profile.kv_cache_bytes < needed:
+        raise ConfigError(
+            f"kv_cache_bytes = {profile.kv_cache_bytes} holds no sequence of {profile.context} "
+            f"tokens, which needs {needed}",
+            reason=Reason.DOES_NOT_FIT,
+            hint=f"Raise it, or set context to {layout.longest(profile.kv_cache_bytes)} or less.",
+        )
+
+
+def _weights(profile: Profile, model: Model | None, extra: Overhead) -> list[Line]:
+    if model is None:
+        if not profile.memory.weights_bytes:
+            raise ConfigError(
+                f"nothing is known of the weights of {profile.model}",
+                reason=Reason.MODEL_MISSING,
+                hint="Fetch it with `spark-llm pull`, or connect to the hub: the headers alone are enough.",
+            )
+        share = ceil(profile.memory.weights_bytes * extra.load_factor / profile.nodes)
+        return [Line("weights", share, profile.memory.weights_source)]
+    speculative = profile.speculative
+    loaded = model.weights.loaded(
+        draft=bool(speculative and speculative.in_model), tied=model.architecture.tied_embeddings
+    )
+    lines = [Line("weights", _held(loaded, profile, extra), "safetensors headers + 2 %")]
+    if model.draft_weights and model.draft:
+        tied = model.draft.tied_embeddings
+        own = model.draft_weights.loaded(draft=True, tied=tied)
+        lines.append(Line("draft weights", _held(own, profile, extra), "safetensors headers + 2 %"))
+    return lines
+
+
+def _held(size: int, profile: Profile, extra: Overhead) -> int:
+    return ceil(size * extra.load_factor / profile.nodes)
+
+
+_ACTIVATION_SOURCE = (
+    "largest step: batched tokens x (4 hidden + 2 widest layer), and float32 logits"
+)
+
+
+def _activations(profile: Profile, model: Model | None) -> int:
+    """Peak of one step's intermediate tensors; an upper estimate, since vLLM reuses buffers."""
+    if model is None:
+        return 0
+    architecture = model.architecture
+    width = 4 * architecture.hidden + 2 * architecture.widest
+    element = DTYPE_BYTES.get(architecture.dtype, 2)
+    drafted = profile.speculative.tokens if profile.speculative else 0
+    rows = profile.max_num_seqs * (1 + drafted)
+    logits = rows * architecture.vocabulary * 4 * 2
+    return profile.max_num_batched_tokens * width * element + logits
