@@ -1,0 +1,64 @@
+# `nix run .#NAME`. Programs that change the host say what they do, and do nothing twice.
+{ lib, pkgs, ... }:
+let
+  program = name: description: args: {
+    type = "app";
+    program = lib.getExe (pkgs.writeShellApplication ({ inherit name; } // args));
+    meta = { inherit description; };
+  };
+in
+{
+  default = {
+    type = "app";
+    program = lib.getExe pkgs.spark-llm;
+    meta.description = "The spark-llm command";
+  };
+
+  serve = program "spark-llm-serve" "Serve a model in the foreground" {
+    runtimeInputs = [ pkgs.spark-llm ];
+    text = ''
+      if [ ! -e ${pkgs.sparkPins.driverLib}/libcuda.so.1 ] && [ -e /proc/driver/nvidia/version ]; then
+        echo "The NVIDIA driver is loaded, but Nix programs cannot see its libraries yet. Once per boot:" >&2
+        echo "  sudo ${lib.getExe pkgs.driver-link}" >&2
+        echo "or, to have that and the service at every boot: sudo nix run .#install" >&2
+        exit 1
+      fi
+      exec spark-llm serve "$@"
+    '';
+  };
+
+  install = program "spark-llm-install" "Install the systemd service on DGX OS (as root)" {
+    runtimeInputs = [ pkgs.coreutils ];
+    text = builtins.replaceStrings [ "@units@" "@package@" ] [
+      "${pkgs.callPackage ./units.nix { }}"
+      "${pkgs.spark-llm}"
+    ] (builtins.readFile ./install.sh);
+  };
+
+  uninstall = program "spark-llm-uninstall" "Remove the systemd service; models and keys stay" {
+    runtimeInputs = [ pkgs.coreutils ];
+    text = builtins.readFile ./uninstall.sh;
+  };
+
+  load-oci = program "spark-llm-load-oci" "Load the image into Docker or Podman" {
+    text = ''
+      image=${pkgs.callPackage ./oci.nix { }}
+      if command -v podman >/dev/null; then
+        "$image" | podman load
+      elif command -v docker >/dev/null; then
+        "$image" | docker load
+      else
+        echo "neither podman nor docker is on PATH; the image streams from $image" >&2
+        exit 1
+      fi
+    '';
+  };
+
+  update-pins = program "update-pins" "Resolve the pinned wheels again and print the difference" {
+    runtimeInputs = [
+      pkgs.uv
+      (pkgs.python312.withPackages (python: [ python.packaging ]))
+    ];
+    text = ''exec python3 ${./update-pins/update_pins.py} "$@"'';
+  };
+}

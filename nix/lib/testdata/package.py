@@ -1,0 +1,3 @@
+"""A package as the version reader meets it."""
+
+__version__ = "1.2.3"

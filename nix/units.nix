@@ -1,0 +1,1 @@
+{ runCommand }: runCommand "units" { } "mkdir $out"

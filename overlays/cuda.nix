@@ -1,0 +1,35 @@
+# Pins, wheels, and the CUDA toolkit merged from them.
+final: prev:
+let
+  inherit (final) lib;
+  inherit (final.stdenv.hostPlatform) system;
+in
+{
+  sparkLib = import ../nix/lib { inherit lib; };
+
+  # Everything pinned, for this system.
+  sparkPins = lib.fix (self: {
+    inherit system;
+    vllm = lib.importJSON ../nix/pins/vllm.json;
+    pruned = lib.importJSON ../nix/pins/pruned.json;
+    externals = lib.importJSON ../nix/pins/externals.json;
+    wheels = final.sparkLib.wheel.forSystem ../nix/pins/wheels system;
+    appliance = final.sparkLib.wheel.forSystem ../nix/pins/appliance system;
+    kept = final.sparkLib.wheel.keep self.pruned.wheels self.wheels;
+    sitePackages = "lib/python${self.vllm.python}/site-packages";
+    # Where NixOS has the driver's libraries, and driver-link puts them elsewhere.
+    driverLib = "/run/opengl-driver/lib";
+    # NEEDED by pinned libraries and provided by no package: the driver's own.
+    ignoreMissing = [ "libcuda.so.1" ];
+  });
+
+  mkPinnedWheel = final.callPackage ../pkgs/wheel { };
+
+  # Every pinned distribution by name, pruned ones too: python-env merges the kept ones.
+  pinnedWheels = lib.mapAttrs (name: _: final.mkPinnedWheel { inherit name; }) final.sparkPins.wheels;
+
+  cuda-toolkit = final.callPackage ../pkgs/cuda-toolkit { };
+
+  # What compiling needs: a tenth of the toolkit's size.
+  cuda-compiler = final.cuda-toolkit.override { members = final.sparkPins.vllm.cuda.compiler; };
+}

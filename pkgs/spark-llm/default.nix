@@ -1,0 +1,110 @@
+# The appliance: our Python service in a virtual environment of its pinned dependencies, with the engine's
+# interpreter wired in. The engine stays a separate environment: the controller must live when it dies.
+{
+  lib,
+  stdenv,
+  callPackage,
+  makeWrapper,
+  python312,
+  python-env,
+  sparkLib,
+  sparkPins,
+  # null leaves the engine to configuration ([engine] python = …).
+  vllm-gb10 ? null,
+  src ? ../../appliance,
+}:
+
+let
+  inherit (sparkPins) sitePackages;
+  version = sparkLib.version.ofPackage (src + "/src/spark_llm/__init__.py");
+
+  mkWheel = callPackage ../wheel {
+    sparkPins = sparkPins // {
+      wheels = sparkPins.appliance;
+    };
+  };
+
+  package = python312.pkgs.buildPythonPackage {
+    pname = "spark-llm";
+    inherit version;
+    pyproject = true;
+    src = lib.cleanSource src;
+    build-system = [ python312.pkgs.hatchling ];
+    strictDeps = true;
+    # They are in the environment below, from the lock.
+    dontCheckRuntimeDeps = true;
+    meta = {
+      description = "The spark-llm Python package alone";
+      homepage = "https://docs.vllm.ai";
+      license = lib.licenses.asl20;
+    };
+  };
+
+  environment = python-env.override {
+    pname = "spark-llm-env";
+    inherit version;
+    withCuda = false;
+    wheels = lib.mapAttrs (name: _: mkWheel { inherit name; }) sparkPins.appliance // {
+      spark-llm = package;
+      systemd-python = python312.pkgs.systemd-python;
+    };
+    members = lib.attrNames sparkPins.appliance ++ [
+      "spark-llm"
+      "systemd-python"
+    ];
+  };
+in
+stdenv.mkDerivation (finalAttrs: {
+  pname = "spark-llm";
+  inherit version;
+
+  strictDeps = true;
+  nativeBuildInputs = [ makeWrapper ];
+
+  dontUnpack = true;
+  dontConfigure = true;
+  dontBuild = true;
+
+  installPhase = ''
+    runHook preInstall
+    mkdir -p "$out/libexec"
+    cat >"$out/libexec/spark-llm" <<EOF
+    #!${environment}/bin/python
+    import sys
+    from spark_llm.cli import main
+    sys.exit(main())
+    EOF
+    chmod +x "$out/libexec/spark-llm"
+    makeWrapper "$out/libexec/spark-llm" "$out/bin/spark-llm" ${
+      lib.optionalString (
+        vllm-gb10 != null
+      ) "--set-default SPARK_LLM_ENGINE__PYTHON ${vllm-gb10}/bin/python"
+    }
+    if [ -d ${src}/units ]; then
+      mkdir -p "$out/share/spark-llm"
+      cp -r ${src}/units "$out/share/spark-llm/"
+    fi
+    runHook postInstall
+  '';
+
+  doInstallCheck = stdenv.buildPlatform.canExecute stdenv.hostPlatform;
+  installCheckPhase = ''
+    runHook preInstallCheck
+    HOME=$TMPDIR "$out/bin/spark-llm" --help >/dev/null
+    runHook postInstallCheck
+  '';
+
+  passthru = {
+    inherit environment package;
+    engine = vllm-gb10;
+    units = src + "/units";
+  };
+
+  meta = {
+    description = "LLM appliance for NVIDIA DGX Spark: plans memory, starts and guards vLLM, serves OpenAI and Anthropic clients";
+    homepage = "https://docs.vllm.ai";
+    license = lib.licenses.asl20;
+    platforms = [ sparkPins.system ];
+    mainProgram = "spark-llm";
+  };
+})
