@@ -1,0 +1,95 @@
+"""The command line's side of the service's own API."""
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from typing import Any
+
+from spark_llm.config import Settings
+from spark_llm.errors import SparkLlmError, TryAgainError
+from spark_llm.reason import Reason
+
+_TIMEOUT_S = 10.0
+
+
+def ask(settings: Settings, path: str) -> tuple[int, dict[str, Any]]:
+    """Status and JSON of a GET.
+
+    The API key comes from ``SPARK_LLM_API_KEY``; a command line would show it to every user of the machine.
+
+    Raises:
+        TryAgainError: nobody listens there.
+        SparkLlmError: what listens is not spark-llm.
+    """
+    url = f"http://{_client_host(settings.gateway.host)}:{settings.gateway.port}{path}"
+    request = urllib.request.Request(url)
+    if key := os.environ.get("SPARK_LLM_API_KEY"):
+        request.add_header("Authorization", f"Bearer {key}")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310  as above
+            return answer.status, _json(answer.read(), url)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, _json(error.read(), url)
+    except OSError as error:
+        raise TryAgainError(
+            f"no service answers at {url}",
+            reason=Reason.NOT_READY,
+            hint="Start it with `spark-llm serve` or `systemctl start spark-llm`.",
+        ) from error
+
+
+def wait_ready(settings: Settings, timeout_s: float, poll_s: float = 0.5) -> dict[str, Any]:
+    """Wait for ready; returns the last status.
+
+    Raises:
+        TryAgainError: not ready within ``timeout_s`` seconds.
+        SparkLlmError: it failed or is blocked, and says why.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        body: dict[str, Any] = {}
+        try:
+            code, body = ask(settings, "/readyz")
+        except TryAgainError:
+            if time.monotonic() >= deadline:
+                raise
+        else:
+            if code == 200:  # noqa: PLR2004  HTTP
+                return body
+            if body.get("state") in {"failed", "blocked"}:
+                _, status = ask(settings, "/startupz")
+                raise SparkLlmError(
+                    str(status.get("message") or body["state"]),
+                    reason=Reason(body["reason"]),
+                    hint=str(status.get("hint", "")),
+                )
+            if time.monotonic() >= deadline:
+                raise TryAgainError(
+                    f"not ready after {timeout_s:g} s; it is {body.get('state')}",
+                    reason=Reason.NOT_READY,
+                    hint="`spark-llm status --watch` shows how far it is.",
+                )
+        time.sleep(poll_s)
+
+
+def _client_host(host: str) -> str:
+    if host in {"0.0.0.0", "::"}:  # noqa: S104  where a server listens everywhere, a client asks loopback
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def _json(body: bytes, url: str) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise SparkLlmError(
+            f"what answers at {url} is not spark-llm",
+            reason=Reason.PORT_IN_USE,
+            hint="Another program uses the port; set gateway.port.",
+        )
+    return value

@@ -1,0 +1,1 @@
+"""The front door: keys, admission, passthrough to the engine, health and the operator's API."""

@@ -1,0 +1,188 @@
+"""The gateway as one ASGI application."""
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from spark_llm import keys
+from spark_llm.controller import TICK_LIMIT_S, Controller
+from spark_llm.gateway.metrics import Metrics
+from spark_llm.gateway.proxy import ROUTES, Proxy, Receive, Scope, Send
+from spark_llm.gateway.queue import AdmissionQueue
+from spark_llm.gateway.reply import Reply
+from spark_llm.gateway.wire import Headers, error_body
+from spark_llm.reason import Reason
+from spark_llm.status import State
+
+_SCRAPE_TIMEOUT_S = 5.0
+
+
+class Gateway:
+    """Looks at the key, then hands ``/v1`` requests to the proxy and all others to small handlers.
+
+    Attributes:
+        keys: accepted API keys; none means that everybody is let in. Replaced as a whole on reload.
+    """
+
+    def __init__(
+        self, controller: Controller, queue: AdmissionQueue, accepted: tuple[keys.Key, ...]
+    ) -> None:
+        settings = controller.settings.gateway
+        self.keys = accepted
+        self._controller = controller
+        self._queue = queue
+        self._metrics = Metrics()
+        self._proxy = Proxy(
+            controller,
+            queue,
+            self._metrics,
+            max_body_bytes=settings.max_body_bytes,
+            body_timeout_s=settings.header_timeout_s,
+        )
+        self._small = Starlette(routes=self._routes(), exception_handlers={404: _not_found})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        path = scope["path"]
+        if path not in ROUTES and not path.startswith("/api/"):
+            await self._small(scope, receive, send)
+            return
+        try:
+            scope["spark_llm.key"] = self._check_key(scope["headers"])
+        except Reply as reply:
+            await _refusal(path, reply)(scope, receive, send)
+            return
+        if path in ROUTES:
+            await self._proxy(scope, receive, send)
+        else:
+            await self._small(scope, receive, send)
+
+    def _check_key(self, headers: Headers) -> str:
+        """Id of the key that was sent; empty where none is needed.
+
+        Raises:
+            Reply: 401.
+        """
+        if not self.keys:
+            return ""
+        for name, value in headers:
+            token = value.decode("latin-1")
+            if name == b"authorization" and token[:7].lower() == "bearer ":
+                token = token[7:].strip()
+            elif name != b"x-api-key":
+                continue
+            if (key := keys.match(token, self.keys)) is not None:
+                return key.id
+            raise Reply(401, Reason.UNAUTHORIZED, "this API key is not known")
+        raise Reply(
+            401,
+            Reason.UNAUTHORIZED,
+            "an API key is needed: `Authorization: Bearer ...` or `x-api-key: ...`",
+        )
+
+    def _routes(self) -> list[Route]:
+        return [
+            Route("/livez", self._livez),
+            Route("/startupz", self._startupz),
+            Route("/readyz", self._readyz),
+            Route("/health", self._readyz),
+            Route("/v1/health/live", self._livez),
+            Route("/v1/health/ready", self._readyz),
+            Route("/metrics", self._metrics_text),
+            Route("/api/v1/status", self._status),
+            Route("/api/v1/events", self._events),
+        ]
+
+    async def _livez(self, _: Request) -> Response:
+        age = self._controller.tick_age_s()
+        alive = age < TICK_LIMIT_S
+        body = {"live": alive, "tick_age_s": round(age, 3)}
+        return JSONResponse(body, 200 if alive else 503)
+
+    async def _startupz(self, _: Request) -> Response:
+        if self._controller.board.was_ready:
+            return JSONResponse({"started": True})
+        now = self._controller.board.now
+        body = {
+            "started": False,
+            "state": now.state,
+            "phase": now.phase,
+            "percent": now.percent,
+            "eta_s": now.eta_s,
+            "reason": now.reason,
+            "message": now.message,
+            "hint": now.hint,
+        }
+        return JSONResponse(body, 503, headers=self._retry_after())
+
+    async def _readyz(self, request: Request) -> Response:
+        checks = self._controller.checks()
+        now = self._controller.board.now
+        ready = all(check.ok for check in checks)
+        body: dict[str, Any] = {"ready": ready, "state": now.state, "reason": now.reason}
+        if "verbose" in request.query_params:
+            body["checks"] = [
+                {
+                    "name": c.name,
+                    "ok": c.ok,
+                    "reason": Reason.OK if c.ok else c.reason,
+                    "detail": c.detail,
+                }
+                for c in checks
+            ]
+        return JSONResponse(
+            body, 200 if ready else 503, headers={} if ready else self._retry_after()
+        )
+
+    async def _metrics_text(self, _: Request) -> Response:
+        now = self._controller.board.now
+        own = self._metrics.text(
+            state=State(now.state),
+            running=self._queue.running,
+            waiting=self._queue.waiting,
+            restarts=now.restarts,
+        )
+        return Response(own + await self._engine_metrics(), media_type="text/plain; version=0.0.4")
+
+    async def _engine_metrics(self) -> bytes:
+        """The engine's own, or nothing while it cannot be asked: a scrape must not fail with the engine."""
+        try:
+            status, body = await self._controller.upstream().get("/metrics", _SCRAPE_TIMEOUT_S)
+        except (Reply, aiohttp.ClientError, TimeoutError):
+            return b""
+        return body if status == 200 else b""  # noqa: PLR2004  HTTP
+
+    async def _status(self, _: Request) -> Response:
+        return JSONResponse(self._controller.board.now.as_dict())
+
+    async def _events(self, request: Request) -> Response:
+        last = request.headers.get("last-event-id", "0")
+        after = int(last) if last.isascii() and last.isdigit() else 0
+        return StreamingResponse(self._event_stream(after), media_type="text/event-stream")
+
+    async def _event_stream(self, after: int) -> AsyncIterator[str]:
+        async for event in self._controller.board.bus.follow(after):
+            data = json.dumps({"at": event.at, **event.data})
+            yield f"id: {event.id}\nevent: {event.kind}\ndata: {data}\n\n"
+            if event.data.get("state") == State.STOPPED:
+                return
+
+    def _retry_after(self) -> dict[str, str]:
+        return {"retry-after": str(self._controller.retry_after_s())}
+
+
+def _refusal(path: str, reply: Reply) -> Response:
+    headers = {} if reply.retry_after_s is None else {"retry-after": str(reply.retry_after_s)}
+    body = error_body(path, reply.status, reply.reason, reply.message)
+    return Response(body, reply.status, headers, media_type="application/json")
+
+
+async def _not_found(request: Request, _: Exception) -> Response:
+    path = request.url.path
+    return _refusal(path, Reply(404, Reason.UNKNOWN_PATH, f"there is nothing at {path}"))

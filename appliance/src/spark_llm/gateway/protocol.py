@@ -1,0 +1,93 @@
+"""uvicorn's HTTP protocol with bounds on a request's head: its size, and the time a client may take to send it.
+
+uvicorn 0.54 has neither: with httptools a header of any length is collected, and a client that sends a byte a minute
+holds its connection for ever.
+"""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from spark_llm.gateway.wire import error_body
+from spark_llm.reason import Reason
+
+
+def bounded_protocol(  # noqa: C901  one class, many small methods
+    max_header_bytes: int, header_timeout_s: float
+) -> type[asyncio.Protocol]:
+    """A protocol class for ``uvicorn.Config(http=...)`` with these bounds."""
+
+    class BoundedProtocol(HttpToolsProtocol):
+        _head_bytes = 0
+        _in_head = True
+        _head_timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:  # noqa: ANN401  as in uvicorn
+            super().connection_made(transport)
+            self._await_head()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._cancel_head_timer()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self._in_head:
+                self._head_bytes += len(data)
+                if (
+                    self._head_bytes > max_header_bytes
+                    and b"\r\n\r\n" not in data[:max_header_bytes]
+                ):
+                    self._refuse(
+                        431,
+                        b"Request Header Fields Too Large",
+                        Reason.HEADER_TOO_LARGE,
+                        f"the request's head exceeds {max_header_bytes} bytes",
+                    )
+                    return
+            super().data_received(data)
+
+        def on_message_begin(self) -> None:
+            self._in_head = True
+            if self._head_timer is None:
+                self._await_head()
+            super().on_message_begin()
+
+        def on_headers_complete(self) -> None:
+            self._in_head = False
+            self._head_bytes = 0
+            self._cancel_head_timer()
+            super().on_headers_complete()
+
+        def on_response_complete(self) -> None:
+            self._in_head = True
+            super().on_response_complete()
+
+        def _await_head(self) -> None:
+            self._head_timer = self.loop.call_later(header_timeout_s, self._too_slow)
+
+        def _cancel_head_timer(self) -> None:
+            if self._head_timer is not None:
+                self._head_timer.cancel()
+                self._head_timer = None
+
+        def _too_slow(self) -> None:
+            self._head_timer = None
+            self._refuse(
+                408,
+                b"Request Timeout",
+                Reason.TIMEOUT,
+                f"the request's head did not arrive within {header_timeout_s:g} s",
+            )
+
+        def _refuse(self, status: int, phrase: bytes, reason: Reason, message: str) -> None:
+            if self.transport.is_closing():
+                return
+            body = error_body("", status, reason, message)
+            self.transport.write(
+                b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+                b"connection: close\r\n\r\n%s" % (status, phrase, len(body), body)
+            )
+            self.transport.close()
+
+    return BoundedProtocol

@@ -1,0 +1,348 @@
+"""The data path: an allow-listed request to the engine, its answer back, byte for byte.
+
+A stream is passed on in whole events. That costs no latency, because part of an event is of no use to a client, and it
+lets an answer that the engine cut off be told from a finished one before its bytes have left.
+"""
+
+import asyncio
+import json
+import logging
+import re
+import secrets
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import AsyncExitStack
+from http import HTTPStatus
+from typing import Any, Protocol
+
+import aiohttp
+
+from spark_llm.gateway.metrics import Metrics
+from spark_llm.gateway.queue import AdmissionQueue
+from spark_llm.gateway.reply import Reply
+from spark_llm.gateway.upstream import Upstream
+from spark_llm.gateway.wire import Headers, aborted, error_body, error_event
+from spark_llm.reason import Reason
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+ROUTES = {
+    "/v1/chat/completions": "POST",
+    "/v1/completions": "POST",
+    "/v1/responses": "POST",
+    "/v1/embeddings": "POST",
+    "/v1/models": "GET",
+    "/v1/messages": "POST",
+    "/v1/messages/count_tokens": "POST",
+}
+"""All that reaches the engine. Its other routes (/invocations, /tokenize, /collective_rpc, /sleep, ...) never do."""
+
+_HOP_BY_HOP = frozenset(
+    b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
+    b" transfer-encoding upgrade".split()
+)
+_NOT_FORWARDED = _HOP_BY_HOP | frozenset(
+    b"host content-length expect accept-encoding authorization x-api-key cookie x-request-id".split()
+)
+_NOT_RETURNED = _HOP_BY_HOP | frozenset((b"content-length", b"x-request-id"))
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_LARGE_JSON = 256 * 1024
+
+log = logging.getLogger("spark_llm.gateway")
+
+
+class Engine(Protocol):
+    """What the data path asks of the controller."""
+
+    def upstream(self) -> Upstream:
+        """The engine that is ready.
+
+        Raises:
+            Reply: 503 while there is none.
+        """
+
+
+class Proxy:
+    """An ASGI application for the paths in ``ROUTES``."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        queue: AdmissionQueue,
+        metrics: Metrics,
+        *,
+        max_body_bytes: int,
+        body_timeout_s: float,
+    ) -> None:
+        self._engine = engine
+        self._queue = queue
+        self._metrics = metrics
+        self._max_body_bytes = max_body_bytes
+        self._body_timeout_s = body_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        exchange = _Exchange(scope, send)
+        try:
+            exchange.check_method()
+            body = await self._body(scope, receive)
+            await self._run(exchange, receive, body)
+        except Reply as reply:
+            exchange.reason = reply.reason
+            await exchange.refuse(reply)
+        except _ClientGone:
+            exchange.status, exchange.reason = 499, Reason.ABORTED
+            self._metrics.disconnects.inc()
+        finally:
+            self._metrics.requests.labels(
+                exchange.path, str(exchange.status), exchange.reason
+            ).inc()
+            log.info(
+                "%s %s %d %s %.0f ms %s",
+                scope["method"],
+                exchange.path,
+                exchange.status,
+                exchange.reason,
+                1e3 * (time.perf_counter() - exchange.started),
+                exchange.request_id.decode(),
+            )
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body, which must be JSON where there is one."""
+        for name, value in scope["headers"]:
+            if name == b"content-length" and int(value) > self._max_body_bytes:
+                raise self._too_large()
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _ClientGone
+                    parts.append(message.get("body", b""))
+                    size += len(parts[-1])
+                    if size > self._max_body_bytes:
+                        raise self._too_large()
+                    if not message.get("more_body", False):
+                        break
+        except TimeoutError:
+            raise Reply(
+                408,
+                Reason.TIMEOUT,
+                f"the request's body did not arrive within {self._body_timeout_s:g} s",
+            ) from None
+        body = b"".join(parts)
+        if scope["method"] == "POST":
+            await _require_json_object(body)
+        return body
+
+    def _too_large(self) -> Reply:
+        return Reply(
+            413,
+            Reason.BODY_TOO_LARGE,
+            f"the request's body exceeds {self._max_body_bytes} bytes (gateway.max_body_bytes)",
+        )
+
+    async def _run(self, exchange: "_Exchange", receive: Receive, body: bytes) -> None:
+        """Forward, and give up as soon as the client does or the drain cuts."""
+        forward = asyncio.create_task(self._forward(exchange, body))
+        gone = asyncio.create_task(_disconnected(receive))
+        cut = asyncio.create_task(self._queue.cutting.wait())
+        try:
+            await asyncio.wait((forward, gone, cut), return_when=asyncio.FIRST_COMPLETED)
+            if not forward.done():
+                forward.cancel()
+                await asyncio.wait((forward,))
+            if not forward.cancelled():
+                forward.result()
+            elif gone.done():
+                raise _ClientGone
+            else:
+                await exchange.break_off(Reason.DRAINING, "the service stops; try again later")
+        finally:
+            for task in (forward, gone, cut):
+                task.cancel()
+
+    async def _forward(self, exchange: "_Exchange", body: bytes) -> None:
+        self._engine.upstream()  # no place in the queue while nothing is ready
+        async with self._queue.place(exchange.client_key, exchange.patience_s):
+            upstream = self._engine.upstream()
+            waiting = time.perf_counter()
+            try:
+                async with upstream.request(
+                    exchange.method, exchange.target, exchange.forwarded_headers(), body
+                ) as response:
+                    if response.content_type == "text/event-stream":
+                        await self._stream(exchange, response, waiting)
+                    else:
+                        await self._whole(exchange, response, waiting)
+            except aiohttp.ClientConnectorError as error:
+                raise Reply(
+                    503, Reason.ENGINE_UNREACHABLE, "the engine cannot be reached", retry_after_s=5
+                ) from error
+            except aiohttp.ClientError as error:
+                # It died or was killed in the middle of the answer.
+                await exchange.break_off(Reason.ENGINE_EXITED, "the engine broke off")
+                log.warning("the engine broke off: %s", error)
+
+    async def _whole(
+        self, exchange: "_Exchange", response: aiohttp.ClientResponse, waiting: float
+    ) -> None:
+        body = await response.read()
+        self._metrics.first_byte.observe(time.perf_counter() - waiting)
+        if response.status == HTTPStatus.OK and aborted(body):
+            raise _aborted()
+        headers = [*_returned(response), (b"content-length", str(len(body)).encode())]
+        await exchange.start(response.status, headers)
+        await exchange.send_body(body, more=False)
+
+    async def _stream(
+        self, exchange: "_Exchange", response: aiohttp.ClientResponse, waiting: float
+    ) -> None:
+        rest = b""
+        async with AsyncExitStack() as stack:
+            stack.callback(response.close)
+            async for chunk in response.content.iter_any():
+                data = rest + chunk if rest else chunk
+                end = data.rfind(b"\n\n") + 2
+                if end == 1:
+                    rest = data
+                    continue
+                events, rest = data[:end], data[end:]
+                if aborted(events):
+                    await exchange.break_off(Reason.ABORTED, "the engine aborted the request")
+                    return
+                if not exchange.is_started:
+                    self._metrics.first_byte.observe(time.perf_counter() - waiting)
+                    await exchange.start(response.status, _returned(response))
+                await exchange.send_body(events, more=True)
+            if not exchange.is_started:
+                await exchange.start(response.status, _returned(response))
+            await exchange.send_body(rest, more=False)
+            stack.pop_all()
+
+
+class _ClientGone(Exception):  # noqa: N818  not an error: the client left
+    pass
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _aborted() -> Reply:
+    return Reply(503, Reason.ABORTED, "the engine aborted the request", retry_after_s=5)
+
+
+def _returned(response: aiohttp.ClientResponse) -> Headers:
+    named = _connection_named(response.raw_headers)
+    return [
+        (name.lower(), value)
+        for name, value in response.raw_headers
+        if name.lower() not in _NOT_RETURNED and name.lower() not in named
+    ]
+
+
+def _connection_named(headers: Any) -> set[bytes]:  # noqa: ANN401  pairs of bytes
+    """Headers that a ``Connection`` header declares hop-by-hop (RFC 9110, 7.6.1)."""
+    return {
+        token.strip().lower()
+        for name, value in headers
+        if name.lower() == b"connection"
+        for token in value.split(b",")
+    }
+
+
+async def _require_json_object(body: bytes) -> None:
+    try:
+        # A large body (images) takes milliseconds to parse; other streams should not wait for it.
+        value = (
+            await asyncio.to_thread(json.loads, body)
+            if len(body) > _LARGE_JSON
+            else json.loads(body)
+        )
+    except (ValueError, RecursionError) as error:
+        raise Reply(400, Reason.BAD_REQUEST, f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise Reply(400, Reason.BAD_REQUEST, "the body must be a JSON object")
+
+
+class _Exchange:
+    """One request and the state of its answer."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.path: str = scope["path"]
+        self.method: str = scope["method"]
+        query = scope["query_string"].decode("ascii", "replace")
+        self.target = f"{self.path}?{query}" if query else self.path
+        self.headers: Headers = scope["headers"]
+        self.request_id = _given(self.headers, b"x-request-id", _REQUEST_ID) or (
+            secrets.token_hex(16).encode()
+        )
+        self.client_key: str = scope.get("spark_llm.key", "")
+        self.started = time.perf_counter()
+        self.is_started = False
+        self.status = 0
+        self.reason = Reason.OK
+        self._send = send
+
+    @property
+    def patience_s(self) -> float | None:
+        """How long the client's library will wait, where it says so (OpenAI's and Anthropic's do)."""
+        for name, value in self.headers:
+            if name in {b"x-stainless-timeout", b"x-request-timeout"}:
+                try:
+                    return max(float(value), 0.0)
+                except ValueError:
+                    return None
+        return None
+
+    def check_method(self) -> None:
+        if self.method != ROUTES[self.path]:
+            raise Reply(405, Reason.BAD_REQUEST, f"{self.path} takes {ROUTES[self.path]}")
+
+    def forwarded_headers(self) -> list[tuple[str, str]]:
+        named = _connection_named(self.headers)
+        kept = [
+            (name.decode("latin-1"), value.decode("latin-1"))
+            for name, value in self.headers
+            if name not in _NOT_FORWARDED and name not in named
+        ]
+        return [*kept, ("x-request-id", self.request_id.decode())]
+
+    async def start(self, status: int, headers: Headers) -> None:
+        self.is_started = True
+        self.status = status
+        headers = [*headers, (b"x-request-id", self.request_id)]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    async def send_body(self, data: bytes, *, more: bool) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def refuse(self, reply: Reply) -> None:
+        body = error_body(self.path, reply.status, reply.reason, reply.message)
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        if reply.retry_after_s is not None:
+            headers.append((b"retry-after", b"%d" % reply.retry_after_s))
+        if reply.status in {408, 413}:
+            headers.append((b"connection", b"close"))  # the rest of its body is not read
+        await self.start(reply.status, headers)
+        await self.send_body(body, more=False)
+
+    async def break_off(self, reason: Reason, message: str) -> None:
+        """End an answer that cannot be finished: an error status, or an error event if it has begun."""
+        if not self.is_started:
+            raise Reply(503, reason, message, retry_after_s=5)
+        self.reason = reason
+        await self.send_body(error_event(self.path, 503, reason, message), more=False)
+
+
+def _given(headers: Headers, name: bytes, pattern: re.Pattern[bytes]) -> bytes | None:
+    for key, value in headers:
+        if key == name and pattern.fullmatch(value):
+            return value
+    return None

@@ -1,0 +1,83 @@
+"""Tables for a terminal."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from spark_llm.keys import Key
+from spark_llm.profile import Profile
+
+_REFRESH_S = 1.0
+_COLOURS = {"ready": "green", "degraded": "yellow", "failed": "red", "blocked": "red"}
+
+
+def show(code: int, status: dict[str, Any]) -> None:
+    """Print one status."""
+    Console().print(status_table(code, status))
+
+
+def show_until_interrupted(fetch: Callable[[], tuple[int, dict[str, Any]]]) -> None:
+    """Show the status again and again; Ctrl-C ends it."""
+    with Live(status_table(*fetch()), auto_refresh=False) as live:
+        try:
+            while True:
+                time.sleep(_REFRESH_S)
+                live.update(status_table(*fetch()), refresh=True)
+        except KeyboardInterrupt:
+            return
+
+
+def status_table(code: int, status: dict[str, Any]) -> Table:
+    """The status as two columns; an error body as its message."""
+    table = Table.grid(padding=(0, 2))
+    if code != 200:  # noqa: PLR2004  HTTP
+        table.add_row("error", str(status.get("error", {}).get("message", status)))
+        return table
+    state = str(status["state"])
+    colour = _COLOURS.get(state, "cyan")
+    table.add_row("state", f"[{colour}]{state}[/] {status['message']}")
+    if status["phase"] and state != "ready":
+        eta = f", about {status['eta_s']:.0f} s left" if status["eta_s"] else ""
+        table.add_row("phase", f"{status['phase']}, {status['percent']} %{eta}")
+    if status["reason"] != "ok":
+        table.add_row("reason", str(status["reason"]))
+    if status["hint"]:
+        table.add_row("hint", str(status["hint"]))
+    table.add_row("profile", str(status["profile"]))
+    table.add_row("model", str(status["model"]))
+    if status["engine_pid"]:
+        table.add_row("engine", f"process {status['engine_pid']}, run {status['run_id']}")
+    if status["restarts"]:
+        left = status["restarts_left"]
+        table.add_row("restarts", f"{status['restarts']}, {left} left")
+    for index, line in enumerate(status["last_log"][-10:]):
+        table.add_row("last log" if index == 0 else "", _escaped(line))
+    return table
+
+
+def show_profiles(profiles: list[Profile]) -> None:
+    """Print the catalogue."""
+    table = Table("profile", "model", "engine", "context", "what it is", box=None)
+    for item in profiles:
+        table.add_row(item.name, item.model, item.engine, f"{item.context:,}", item.description)
+    Console().print(table)
+
+
+def show_keys(keys: tuple[Key, ...]) -> None:
+    """Print the keys, without the keys."""
+    if not keys:
+        Console().print("no keys: everybody who can reach the address is let in")
+        return
+    table = Table("id", "name", "scope", "made", box=None)
+    for key in keys:
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(key.created))
+        table.add_row(key.id, key.name, key.scope, made)
+    Console().print(table)
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
