@@ -19,6 +19,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent
 LIBRARY_DIR = PACKAGE / "_lib"
 OPS = ("bf16x", "lm_head", "nvfp4", "rmsnorm_fp4")
+HOST_OPS = ("bf16x",)  # with an encode.cpp as well
 
 # 12.0f, not 12.0a (would not load on SM 12.1) and not plain 12.0 (the assembler then refuses the
 # E2M1 conversions): one binary for GB10, RTX 50 and RTX PRO 6000.
@@ -108,6 +109,30 @@ def compile_library(op: str, archs: Sequence[str], out: Path) -> str:
     return _run_nvcc([*flags, "-o", str(out), source])
 
 
+def compile_host(op: str, out: Path) -> None:
+    """Compile one operation's ``encode.cpp`` with the host's C++ compiler (``$CXX``, else c++).
+
+    Raises:
+        BuildError: there is no compiler, or it refused the source.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    if compiler is None:
+        raise BuildError("no C++ compiler was found: install one, or set CXX to its path")
+    flags = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared"]
+    done = subprocess.run(  # noqa: S603 - our own source and flags
+        [compiler, *flags, "-o", str(out), str(PACKAGE / op / "encode.cpp")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode != 0:
+        raise BuildError(done.stderr)
+
+
+def load_host(op: str) -> ctypes.CDLL:
+    """Open an operation's host library; see ``load``."""
+    return load(f"{op}_host")
+
+
 @functools.cache
 def load(op: str) -> ctypes.CDLL:
     """Open an operation's library from ``$SPARK_KERNELS_LIB_DIR`` or the package.
@@ -136,6 +161,8 @@ def main(argv: Sequence[str]) -> int:
     for op in args.ops or OPS:
         try:
             compile_library(op, args.arch or DEFAULT_ARCHS, args.out / f"{op}.so")
+            if op in HOST_OPS:
+                compile_host(op, args.out / f"{op}_host.so")
         except BuildError as error:
             sys.stderr.write(f"{error}\n")
             return 1

@@ -1,0 +1,105 @@
+"""bf16x in vLLM 0.32.0: unquantised linear layers are encoded once their weights are loaded."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers import linear as vllm_linear
+from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
+
+from spark_kernels import build
+from spark_kernels.bf16x import api
+from spark_kernels.bf16x.selection import Selection
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+logger = logging.getLogger("vllm.spark_kernels")
+
+# Exactly these forwards pass through quant_method.apply; a subclass with its own (GateLinear, LoRA's)
+# may read `weight` itself.
+_PLAIN_FORWARDS = frozenset(
+    getattr(vllm_linear, name).forward
+    for name in (
+        "ColumnParallelLinear",
+        "MergedColumnParallelLinear",
+        "QKVParallelLinear",
+        "RowParallelLinear",
+        "ReplicatedLinear",
+    )
+)
+
+
+class CodedLinearMethod(vllm_linear.LinearMethodBase):  # type: ignore[misc]
+    """Applies a layer whose weight was encoded; the bf16 parameter is empty by then."""
+
+    supports_pre_processed_weights = False
+
+    def create_weights(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - vLLM's signature
+        """Never called: the unquantised method made the weight."""
+        raise NotImplementedError
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Return ``x @ w.T + bias``."""
+        out: torch.Tensor = torch.ops.spark_kernels.bf16x_linear(
+            x, layer.bf16x_stream, layer.bf16x_side, layer.bf16x_arrivals, layer.bf16x_rows, bias
+        )
+        return out
+
+
+def encode_layer(layer: torch.nn.Module, selection: Selection, *, is_head: bool) -> bool:
+    """Encode one loaded layer in place if the selection takes it; say so in the log."""
+    name = "lm_head" if is_head else getattr(layer, "prefix", "")
+    weight = getattr(layer, "weight", None)
+    if weight is None or not weight.is_cuda or weight.dtype != torch.bfloat16 or weight.dim() != 2:  # noqa: PLR2004
+        return False
+    if not selection.takes(name, tuple(weight.shape)):
+        return False
+    coded = api.encode(weight.data)
+    if not selection.worth(coded.nbytes, weight.numel() * 2):
+        logger.info("bf16x: %s stays bf16, %s", name, coded.describe())
+        return False
+    layer.register_buffer("bf16x_stream", coded.stream, persistent=False)
+    layer.register_buffer("bf16x_side", coded.side, persistent=False)
+    layer.register_buffer("bf16x_arrivals", coded.arrivals, persistent=False)
+    layer.bf16x_rows = coded.n
+    layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
+    layer.quant_method = CodedLinearMethod()
+    logger.info("bf16x: %s %s", name, coded.describe())
+    return True
+
+
+def _wrap(method: type, take: Callable[[torch.nn.Module], bool]) -> None:
+    """Run ``take`` on a layer after the method's own post-processing; once per process."""
+    inner = method.process_weights_after_loading  # type: ignore[attr-defined]
+
+    def process_weights_after_loading(self: object, layer: torch.nn.Module) -> None:
+        inner(self, layer)
+        if type(self) is method:
+            take(layer)
+
+    method.process_weights_after_loading = process_weights_after_loading  # type: ignore[attr-defined]
+
+
+def register(options: Mapping[str, Any]) -> None:
+    """Hook vLLM's unquantised methods.
+
+    Raises:
+        LibraryMissingError: the kernel's library is not there.
+    """
+    build.load("bf16x")
+    selection = Selection.from_options(options)
+
+    def take_linear(layer: torch.nn.Module) -> bool:
+        return type(layer).forward in _PLAIN_FORWARDS and encode_layer(layer, selection, is_head=False)
+
+    def take_head(layer: torch.nn.Module) -> bool:
+        # A tied head's weight is the embedding's: rows are looked up there, so it stays.
+        if not isinstance(layer, vllm_embedding.ParallelLMHead) or getattr(layer, "spark_screened", False):
+            return False
+        return not getattr(layer, "tie_word_embeddings", False) and encode_layer(layer, selection, is_head=True)
+
+    _wrap(vllm_linear.UnquantizedLinearMethod, take_linear)
+    _wrap(vllm_embedding.UnquantizedEmbeddingMethod, take_head)
