@@ -42,11 +42,13 @@ class State:
         conv_width: channels of the convolution's state.
         conv_rows: rows of that state without speculation (kernel size minus one); one more per draft token.
         state_elements: elements of the recurrent state.
+        checkpoints: further copies of it per sequence while prefixes are cached (Mamba 2, ``mamba_mixer2.py``).
     """
 
     conv_width: int
     conv_rows: int
     state_elements: int
+    checkpoints: int = 0
 
 
 Layer = Attention | State
@@ -212,6 +214,7 @@ def _state(text: Mapping[str, Any]) -> State:
             conv_width=inner + 2 * text["n_groups"] * text["ssm_state_size"],
             conv_rows=text["conv_kernel"] - 1,
             state_elements=inner * text["ssm_state_size"],
+            checkpoints=1,
         )
     raise _unknown(text, "a recurrent layer of unknown shape")
 

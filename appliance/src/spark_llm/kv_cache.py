@@ -150,12 +150,12 @@ def layout(
         # Hybrid: the attention block grows until its page holds a state.
         block *= ceil(max(states.values()) / (block * max(sizes.values())))
     page = max([block * size for size in sizes.values()] + list(states.values()))
-    per_state = 1 + options.speculative_tokens + (1 if options.prefix_caching else 0)
     width = _group_width([count for _, count in counts])
     groups = []
     for layer, count in counts:
         if isinstance(layer, State):
-            prototype = Group(width, 0, states=per_state)
+            copies = 1 + layer.checkpoints if options.prefix_caching else 0
+            prototype = Group(width, 0, states=1 + options.speculative_tokens + copies)
         else:
             own = block * sizes[layer]
             # A smaller page gets more tokens where that comes out even; else it is padded.

@@ -1,0 +1,119 @@
+"""Facts of this machine: memory, driver, GPU, bandwidth. All reading, no deciding."""
+
+import ctypes
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from spark_llm.guard import parse_meminfo
+from spark_llm.ledger import Machine
+from spark_llm.store.hashing import drop_pages
+
+GB10_BANDWIDTH = 273e9
+"""Bytes per second of a GB10's LPDDR5X, nominal (NVIDIA's data sheet). Reads of 231 to 250 GB/s
+have been published."""
+_ROOT = Path("/")
+
+
+def machine(*, reserve_bytes: int = 0, total_bytes: int = 0, proc: Path = Path("/proc")) -> Machine:
+    """This machine's memory, for the ledger and the start gate.
+
+    Args:
+        reserve_bytes: kept for the host; 0 takes :func:`default_reserve`.
+        total_bytes: imagine an idle machine of this size instead; 0 for the real one.
+        proc: stands in for /proc in tests.
+    """
+    if total_bytes:
+        total = available = total_bytes
+    else:
+        fields = parse_meminfo((proc / "meminfo").read_bytes())
+        total, available = fields["MemTotal"], fields["MemAvailable"]
+    return Machine(total, available, reserve_bytes or default_reserve(total))
+
+
+def default_reserve(total: int) -> int:
+    """What stays free for the host at a start: an eighth, 16 GiB at most.
+
+    16 GiB were crossed in the warm-up of one model on a 128 GB machine (MiaAI DeepSeek-V4#32), so it is no
+    luxury; the guard's floors lie below it.
+    """
+    return min(16 * 2**30, total // 8)
+
+
+def driver_version(root: Path = _ROOT) -> str:
+    """Version of the loaded NVIDIA driver, e.g. ``580.159.03``; empty where none is loaded."""
+    try:
+        return (root / "sys/module/nvidia/version").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def gpu_name(root: Path = _ROOT) -> str:
+    """Name of the first GPU as the driver gives it, e.g. ``NVIDIA GB10``; empty without a driver."""
+    for path in sorted((root / "proc/driver/nvidia/gpus").glob("*/information")):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name == "Model":
+                return value.strip()
+    return ""
+
+
+def gpu_power_w() -> float | None:
+    """Draw of the first GPU in watts through NVML; None where there is no NVML or it does not say."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    if nvml.nvmlInit_v2() != 0:
+        return None
+    try:
+        device = ctypes.c_void_p()
+        milliwatts = ctypes.c_uint()
+        if nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)) != 0:
+            return None
+        if nvml.nvmlDeviceGetPowerUsage(device, ctypes.byref(milliwatts)) != 0:
+            return None
+        return milliwatts.value / 1000
+    finally:
+        nvml.nvmlShutdown()
+
+
+def memory_bandwidth(root: Path = _ROOT) -> tuple[float, str]:
+    """Bytes per second that memory moves, and where the number comes from."""
+    if "GB10" in gpu_name(root):
+        return GB10_BANDWIDTH, "nominal for GB10"
+    return measure_copy(), "copy test on this machine"
+
+
+def measure_copy(size: int = 64 * 2**20, rounds: int = 3) -> float:
+    """Best of ``rounds`` copies by all cores at once, in bytes read and written per second; takes about 0.1 s.
+
+    Args:
+        size: bytes per core; far above any cache.
+        rounds: copies; the first pays for page faults.
+    """
+    cores = len(os.sched_getaffinity(0))
+    pairs = [((ctypes.c_char * size)(), (ctypes.c_char * size)()) for _ in range(cores)]
+
+    def copy(pair: tuple[ctypes.Array[ctypes.c_char], ctypes.Array[ctypes.c_char]]) -> None:
+        ctypes.memmove(pair[0], pair[1], size)  # releases the interpreter lock
+
+    best = 0.0
+    with ThreadPoolExecutor(cores) as pool:
+        for _ in range(rounds):
+            start = time.perf_counter()
+            list(pool.map(copy, pairs))
+            best = max(best, 2 * size * cores / (time.perf_counter() - start))
+    return best
+
+
+def drop_page_cache(folder: Path) -> None:
+    """Let the kernel forget the cached pages of ``folder``'s weights.
+
+    On unified memory the cached copy of a checkpoint takes the place of the loaded one: CUDA then
+    reports 2.8 GiB free where 52 GiB are available (vllm#48140). Needs no rights, unlike
+    ``drop_caches``; pages that are dirty or mapped stay.
+    """
+    for path in folder.rglob("*.safetensors"):
+        drop_pages(path)
