@@ -6,6 +6,7 @@ question is put to the tree as shipped as well, so a patch that stops mattering 
 
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import pytest
 from spark_llm.demo_model import write_demo_model
 
 ENGINE_PYTHON = wheels.REPO / ".venv-engine/bin/python"
+SEED_TABLE = wheels.REPO / "docs/explanation/seed-patches.md"
 GB10_BYTES = 128_524_550_144
 SMALL_TIER, LARGE_TIER = [2048, 256], [8192, 1024]
 
@@ -235,3 +237,34 @@ def test_requests_during_drain(server: Server) -> None:
     assert all("shutting down" in a.json()["error"]["message"] for a in answers)
     assert rest[-1]["choices"][0]["finish_reason"] == "length"
     assert server.process.wait(timeout=60) == 0
+
+
+def _rows() -> dict[str, list[str]]:
+    """Item -> the other cells of its row in the table of the seeds."""
+    rows: dict[str, list[str]] = {}
+    for line in SEED_TABLE.read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if line.startswith("| `"):
+            for item in re.findall(r"`([^`]+)`", cells[0]):
+                assert item not in rows, f"{item} has two rows"
+                rows[item] = cells[1:]
+    return rows
+
+
+def test_every_seed_item_has_its_row() -> None:
+    """Each item of the seeds, and each of our patches, has exactly one row; no row is about anything else."""
+    listed = Path(__file__).with_name("seed_items.txt").read_text().splitlines()
+    items = [line for line in listed if line and not line.startswith("#")]
+    assert len(items) == len(set(items))
+    assert _rows().keys() == {*items, *(file.stem for file in wheels.SERIES)}
+    assert all(all(cells) for cells in _rows().values())
+
+
+def test_seed_table_points_at_what_exists() -> None:
+    """Every file that the table gives as proof is in the pinned wheel or in this repository."""
+    shipped = wheels.recorded(wheels.cpu_wheel())
+    paths = re.findall(
+        r"`((?:vllm|appliance|kernels|nix|pkgs|tests)/[^`…]+)`", SEED_TABLE.read_text()
+    )
+    missing = {path for path in paths if path not in shipped and not (wheels.REPO / path).exists()}
+    assert not missing
