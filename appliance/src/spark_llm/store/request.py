@@ -1,0 +1,55 @@
+"""What to bring into the store, and how: the argument of the fetching process."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+
+DEFAULT_REVISION = "main"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to bring, and how.
+
+    Attributes:
+        root: the store.
+        model: ``ORG/NAME``.
+        revision: branch, tag or commit; empty means the hub's default branch.
+        refresh: ask the hub what a branch stands for now; False keeps to what was recorded.
+        allow_pickle: accept weights whose loading runs code.
+        adopt: folder or hub cache to take files from without copying; empty for none.
+        dry_run: stop before the first byte and say what would be fetched.
+        endpoint: see ``config.Store``, as all below.
+        token_file: a path, never the token.
+        reserve_bytes: in bytes.
+        workers: files at once.
+        stall_timeout_s: in seconds.
+        attempts: tries in a row without progress.
+        backoff_s: in seconds.
+        xet: whether the first try may use Xet.
+    """
+
+    root: str
+    model: str
+    revision: str = ""
+    refresh: bool = False
+    allow_pickle: bool = False
+    adopt: str = ""
+    dry_run: bool = False
+    endpoint: str = ""
+    token_file: str = ""
+    reserve_bytes: int = 10 * 2**30
+    workers: int = 8
+    stall_timeout_s: float = 60.0
+    attempts: int = 6
+    backoff_s: float = 1.0
+    xet: bool = True
+
+    def command(self) -> list[str]:
+        """The process that serves this request; its arguments hold no secret."""
+        return [sys.executable, "-m", "spark_llm.store.fetch", json.dumps(asdict(self))]
+
+    @property
+    def branch(self) -> str:
+        """The revision, or the hub's default branch."""
+        return self.revision or DEFAULT_REVISION

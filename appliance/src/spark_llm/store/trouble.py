@@ -1,0 +1,131 @@
+"""What the hub library's errors mean for the user. Imported by the process that talks to the hub alone."""
+
+import errno
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import httpx2
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from spark_llm.errors import SparkLlmError
+from spark_llm.reason import Reason
+
+_RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """What went wrong, in the appliance's words.
+
+    Attributes:
+        reason: the cause.
+        message: one sentence without secrets.
+        hint: what to do.
+        retry: whether the same request may succeed later.
+        wait_s: how long the hub asks to wait, in seconds; 0 where it does not say.
+    """
+
+    reason: str
+    message: str
+    hint: str = ""
+    retry: bool = False
+    wait_s: float = 0.0
+
+
+def describe(error: BaseException, model: str, endpoint: str, *, authenticated: bool) -> Trouble:  # noqa: PLR0911  one return a cause
+    """What ``error`` of the library means for the user."""
+    page = f"{endpoint}/{model}"
+    if isinstance(error, SparkLlmError):
+        return Trouble(error.reason, error.message, error.hint)
+    if isinstance(error, HfHubHTTPError):
+        return _describe_http(error, model, page, authenticated=authenticated)
+    if isinstance(error, OfflineModeIsEnabled):
+        return Trouble(Reason.NETWORK, "HF_HUB_OFFLINE forbids downloads", "Unset HF_HUB_OFFLINE.")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Trouble(Reason.NO_DISK, f"the disk filled up while {model} was fetched", _FREE_SPACE)
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return Trouble(
+            Reason.UNWRITABLE_DIRECTORY,
+            f"cannot write {error.filename}: {error.strerror}",
+            "`spark-llm doctor` says more.",
+        )
+    if isinstance(error, httpx2.HTTPError | httpx2.InvalidURL):
+        return Trouble(
+            Reason.NETWORK,
+            f"{endpoint} cannot be reached: {type(error).__name__}: {error}",
+            _CHECK_NETWORK,
+            retry=True,
+        )
+    if isinstance(error, json.JSONDecodeError):
+        return Trouble(Reason.NETWORK, f"{endpoint} does not answer like a hub", _CHECK_NETWORK)
+    return Trouble(
+        Reason.NETWORK,
+        f"the transfer of {model} broke off: {type(error).__name__}: {error}",
+        _CHECK_NETWORK,
+        retry=True,
+    )
+
+
+_FREE_SPACE = "Free space with `spark-llm rm` or `spark-llm cache prune`, then pull again: finished files are kept."
+_CHECK_NETWORK = "Check the network and HF_ENDPOINT, then pull again: finished files are kept."
+
+
+def _describe_http(  # noqa: PLR0911  one return a cause
+    error: HfHubHTTPError, model: str, page: str, *, authenticated: bool
+) -> Trouble:
+    status = error.response.status_code
+    accept = f"Accept the licence at {page} with the account of your token"
+    missing_token = "" if authenticated else "; then give the token: docs/how-to/models.md"
+    if isinstance(error, GatedRepoError) or status == httpx2.codes.FORBIDDEN:
+        return Trouble(
+            Reason.GATED,
+            f"{model} is gated and this account has no access",
+            f"{accept}{missing_token}.",
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return Trouble(
+            Reason.NOT_FOUND, f"{model} has no such revision", f"{page}/commits lists them."
+        )
+    if isinstance(error, RemoteEntryNotFoundError):
+        return Trouble(
+            Reason.NOT_FOUND,
+            f"a file of {model} is gone from the hub",
+            "Pull again to get the new commit.",
+        )
+    if isinstance(error, DisabledRepoError):
+        return Trouble(Reason.NOT_FOUND, f"the hub has disabled {model}", f"See {page}.")
+    if isinstance(error, RepositoryNotFoundError) and not authenticated:
+        return Trouble(
+            Reason.NOT_FOUND, f"the hub has no public model {model}",
+            f"Check the name. If it is private: {accept}{missing_token}.",
+        )  # fmt: skip
+    if status == httpx2.codes.UNAUTHORIZED:
+        return Trouble(
+            Reason.GATED, f"the hub refuses the token for {model}", f"Renew the token. {accept}."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return Trouble(
+            Reason.NOT_FOUND, f"the hub has no model {model} for this account", "Check the name."
+        )
+    wait = _retry_after(error.response.headers)
+    return Trouble(
+        Reason.NETWORK, f"the hub answers {status} for {model}", _CHECK_NETWORK,
+        retry=status in _RETRIED_STATUS, wait_s=wait,
+    )  # fmt: skip
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Seconds the hub asks to wait (RFC 9110, 10.2.3; the date form is left to the back-off)."""
+    try:
+        return max(0.0, float(headers.get("retry-after", "0")))
+    except ValueError:
+        return 0.0
