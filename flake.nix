@@ -28,6 +28,8 @@
     in
     {
       overlays.default = import ./overlays;
+      # nixpkgs with the overlay: every pinned wheel, and whatever is not worth a name in `packages`.
+      legacyPackages = pkgsFor;
       packages = eachSystem (call ./nix/packages.nix);
       apps = eachSystem (call ./nix/apps.nix);
       checks = eachSystem (call ./nix/checks.nix);

