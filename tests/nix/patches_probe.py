@@ -227,7 +227,7 @@ def main() -> None:
     )
     answers["drain: late refusal"] = outcome(late_refusal)
     answers["drain: its status"] = outcome(late_refusal_status)
-    print(json.dumps(answers))  # noqa: T201  the answer
+    print(json.dumps(answers))
 
 
 if __name__ == "__main__":

@@ -222,6 +222,8 @@ def test_requests_during_drain(server: Server) -> None:
         ("/v1/completions", completion | {"prompt": list(range(20, 30))}),
         ("/v1/completions", completion | {"prompt": list(range(20, 30)), "stream": True}),
         ("/v1/chat/completions", chat),
+        ("/v1/responses", {"model": "demo", "input": "the light of the river"}),
+        ("/v1/messages", chat | {"max_tokens": 8}),
     ]
     running = completion | {"max_tokens": 4000, "ignore_eos": True, "stream": True}
     with server.client() as first, first.stream("POST", "/v1/completions", json=running) as stream:
