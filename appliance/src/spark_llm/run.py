@@ -134,6 +134,7 @@ class EngineRun:
         problem = _judge(canary.pattern, canary.text, status, body)
         if problem:
             raise EngineFailedError(f"the canary failed: {problem}", reason=Reason.CANARY)
+        await self._while_alive(self._scrape())  # readiness asks for a heartbeat
         self._was_ready = True
         return _text(body)
 

@@ -1,0 +1,105 @@
+"""A gateway on a real port over a stub engine on a real Unix socket."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import uvicorn
+from spark_llm.admission import Limits
+from spark_llm.config import Gateway as GatewaySettings
+from spark_llm.config import Settings
+from spark_llm.controller import Controller
+from spark_llm.folders import Folders
+from spark_llm.gateway.app import Gateway
+from spark_llm.gateway.protocol import bounded_protocol
+from spark_llm.gateway.queue import AdmissionQueue
+from spark_llm.gateway.reply import Reply
+from spark_llm.gateway.upstream import Upstream
+from spark_llm.profile import Profile, load_profile, shipped_folder
+from spark_llm.reason import Reason
+from spark_llm.status import State
+
+from tests.stub_engine import Stub
+
+LIMITS = GatewaySettings(
+    max_body_bytes=100_000, max_header_bytes=16_384, header_timeout_s=0.5, queue_timeout_s=5.0
+)
+
+
+@dataclass
+class Running:
+    """A gateway that runs."""
+
+    port: int
+    stub: Stub
+    queue: AdmissionQueue
+    controller: "ReadyController"
+    gateway: Gateway
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+class ReadyController(Controller):
+    """A controller whose engine is the stub; ready until told otherwise."""
+
+    stub_upstream: Upstream | None = None
+
+    def upstream(self) -> Upstream:
+        if self.stub_upstream is None:
+            raise Reply(503, Reason.NOT_READY, "not ready: loading", retry_after_s=7)
+        return self.stub_upstream
+
+
+def demo_profile() -> Profile:
+    return load_profile("demo", (shipped_folder(),))
+
+
+@asynccontextmanager
+async def running_gateway(folder: Path, limits: Limits | None = None) -> AsyncIterator[Running]:
+    settings = Settings(gateway=LIMITS)
+    queue = AdmissionQueue(limits or Limits(max_running=8, max_queue=8))
+    folders = Folders(folder, folder, folder, ())
+    controller = ReadyController(settings, demo_profile(), folders, queue)
+    controller.board.enter(State.READY)
+    gateway = Gateway(controller, queue, ())
+    protocol = bounded_protocol(LIMITS.max_header_bytes, LIMITS.header_timeout_s)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            gateway,
+            http=protocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            timeout_graceful_shutdown=1,
+        )
+    )
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        stub = Stub()
+        runner = await stub.start(folder / "e.sock")
+        controller.stub_upstream = Upstream(folder / "e.sock")
+        serving = asyncio.create_task(server._serve([listener]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        try:
+            yield Running(listener.getsockname()[1], stub, queue, controller, gateway)
+        finally:
+            stub.proceed.set()
+            queue.cut()
+            server.should_exit = True
+            await serving
+            if controller.stub_upstream is not None:
+                await controller.stub_upstream.close()
+            await runner.cleanup()
+
+
+@pytest.fixture
+async def running(tmp_path: Path) -> AsyncIterator[Running]:
+    async with running_gateway(tmp_path) as gateway:
+        yield gateway

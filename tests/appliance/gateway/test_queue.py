@@ -1,0 +1,54 @@
+import asyncio
+from pathlib import Path
+
+import aiohttp
+import anyio
+import pytest
+from spark_llm.admission import Limits
+
+from tests.appliance.gateway.conftest import running_gateway
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_full_queue_is_a_429(tmp_path: Path) -> None:
+    """Past the places and the queue, a request is 429 with Retry-After; those that wait are answered."""
+    async with (
+        running_gateway(tmp_path, Limits(max_running=1, max_queue=1)) as running,
+        aiohttp.ClientSession(running.url) as client,
+    ):
+        held = [
+            asyncio.create_task(client.post("/v1/chat/completions", json={"model": "held"}))
+            for _ in range(2)
+        ]
+        with anyio.fail_after(5):
+            while running.queue.running + running.queue.waiting < 2:
+                await asyncio.sleep(0.01)
+        async with client.post("/v1/chat/completions", json={"model": "demo"}) as answer:
+            assert answer.status == 429
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert (await answer.json())["error"]["code"] == "queue_full"
+        running.stub.proceed.set()
+        for task in held:
+            async with await task as answer:
+                assert answer.status == 200
+
+
+async def test_wait_ends_at_the_clients_deadline(tmp_path: Path) -> None:
+    """A client that says how long it waits is answered 503 when that time is up."""
+    async with (
+        running_gateway(tmp_path, Limits(max_running=1, max_queue=4)) as running,
+        aiohttp.ClientSession(running.url) as client,
+    ):
+        held = asyncio.create_task(client.post("/v1/chat/completions", json={"model": "held"}))
+        with anyio.fail_after(5):
+            while not running.queue.running:
+                await asyncio.sleep(0.01)
+            headers = {"x-stainless-timeout": "0.2"}
+            async with client.post(
+                "/v1/chat/completions", json={"model": "demo"}, headers=headers
+            ) as answer:
+                assert answer.status == 503
+                assert (await answer.json())["error"]["code"] == "deadline"
+        running.stub.proceed.set()
+        (await held).close()

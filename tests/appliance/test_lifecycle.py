@@ -1,0 +1,310 @@
+"""Start, fail, drain and stop, with the real command and a stub engine that shows the fault."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+from spark_llm.argv import SOCKET_PATH_LIMIT
+
+from tests.appliance.service import (
+    Service,
+    environment,
+    processes_below,
+    service,
+    stub_python,
+    stub_service,
+    wait_for,
+)
+
+CHAT = "/v1/chat/completions"
+
+
+def _no_process_left(folder: Path) -> None:
+    wait_for(lambda: not processes_below(folder), 10, lambda: f"left: {processes_below(folder)}")
+
+
+def _refused(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "spark_llm.cli", "serve", *arguments],
+        env=environment(folder, **env),
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_start_serve_stop(tmp_path: Path) -> None:
+    """A service becomes ready, answers, and ends with 0 on SIGTERM leaving no process."""
+    with stub_service(tmp_path) as running:
+        running.listening()
+        assert running.get("/livez")[0] == 200
+        running.wait_state("ready")
+        assert running.get("/startupz")[0] == 200
+        code, body = running.get("/readyz?verbose")
+        assert (code, body["ready"]) == (200, True)
+        assert running.post(CHAT, {"model": "default"})[0] == 200
+        assert "vllm:num_requests_running" in running.get("/metrics")[1]
+        assert running.stop() == 0
+    _no_process_left(tmp_path)
+
+
+def test_events_tell_the_story(tmp_path: Path) -> None:
+    """The event stream shows the states of a start in order and ends with the service."""
+    with stub_service(tmp_path) as running:
+        running.listening()
+        states: list[str] = []
+
+        def follow() -> None:
+            with urllib.request.urlopen(f"http://127.0.0.1:{running.port}/api/v1/events") as stream:
+                states.extend(
+                    line.split(b'"state": "')[1].split(b'"')[0].decode()
+                    for line in stream
+                    if b'"state": ' in line
+                )
+
+        thread = threading.Thread(target=follow)
+        thread.start()
+        running.wait_state("ready")
+        assert running.stop() == 0
+        thread.join(10)
+    order = list(dict.fromkeys(states))
+    assert order == [
+        "preflight",
+        "loading",
+        "warming",
+        "ready",
+        "draining",
+        "stopping",
+        "stopped",
+    ]
+
+
+def test_sigterm_lets_running_requests_finish(tmp_path: Path) -> None:
+    """SIGTERM refuses new requests and lets a running stream finish; exit 0."""
+    with stub_service(tmp_path) as running:
+        running.listening()
+        running.wait_state("ready")
+        url = f"http://127.0.0.1:{running.port}{CHAT}"
+        body = b'{"model": "slow", "stream": true}'
+        request = urllib.request.Request(url, data=body)
+        with urllib.request.urlopen(request, timeout=60) as stream:
+            first = stream.readline()
+            assert b"w0" in first
+            running.process.send_signal(signal.SIGTERM)
+            running.wait_state("draining")
+            code, answer = running.post(CHAT, {"model": "default"})
+            assert (code, answer["error"]["code"]) == (503, "draining")
+            rest = stream.read()
+        assert rest.endswith(b"data: [DONE]\n\n")
+        assert running.process.wait(30) == 0
+    _no_process_left(tmp_path)
+
+
+def test_drain_timeout_cuts_what_is_left(tmp_path: Path) -> None:
+    """A stream that outlasts the drain timeout ends with an error event, and the service still ends with 0."""
+    with stub_service(tmp_path, SPARK_LLM_ENGINE__DRAIN_TIMEOUT_S="0.5") as running:
+        running.listening()
+        running.wait_state("ready")
+        url = f"http://127.0.0.1:{running.port}{CHAT}"
+        request = urllib.request.Request(url, data=b'{"model": "endless", "stream": true}')
+        with urllib.request.urlopen(request, timeout=60) as stream:
+            stream.readline()
+            running.process.send_signal(signal.SIGTERM)
+            rest = stream.read()
+        assert b'"code": "draining"' in rest
+        assert running.process.wait(30) == 0
+    _no_process_left(tmp_path)
+
+
+def test_second_signal_stops_at_once(tmp_path: Path) -> None:
+    """A second Ctrl-C does not wait for requests or for an engine that ignores SIGTERM."""
+    with stub_service(tmp_path, "deaf", SPARK_LLM_ENGINE__DRAIN_TIMEOUT_S="120") as running:
+        running.listening()
+        running.wait_state("ready")
+        url = f"http://127.0.0.1:{running.port}{CHAT}"
+        request = urllib.request.Request(url, data=b'{"model": "endless", "stream": true}')
+        with urllib.request.urlopen(request, timeout=60) as stream:
+            stream.readline()
+            running.process.send_signal(signal.SIGINT)
+            running.wait_state("draining")
+            running.process.send_signal(signal.SIGINT)
+            assert running.process.wait(15) == 0
+    _no_process_left(tmp_path)
+
+
+def test_deaf_engine_is_killed_after_its_grace(tmp_path: Path) -> None:
+    """An engine that ignores SIGTERM is killed, its children too."""
+    with stub_service(tmp_path, "deaf", SPARK_LLM_ENGINE__STOP_TIMEOUT_S="0.5") as running:
+        running.listening()
+        running.wait_state("ready")
+        assert running.stop(timeout_s=15) == 0
+    _no_process_left(tmp_path)
+
+
+def test_killed_controller_leaves_nothing(tmp_path: Path) -> None:
+    """SIGKILL of the controller takes the engine with it."""
+    with stub_service(tmp_path) as running:
+        running.listening()
+        engine = running.wait_state("ready")["engine_pid"]
+        running.process.kill()
+        running.process.wait()
+        wait_for(lambda: not Path(f"/proc/{engine}").exists(), 10, lambda: "the engine lives on")
+
+
+def test_killed_engine_is_restarted(tmp_path: Path) -> None:
+    """SIGKILL of the engine brings a new one, and its orphaned worker is gone first."""
+    with stub_service(tmp_path) as running:
+        running.listening()
+        first = running.wait_state("ready")
+        os.kill(first["engine_pid"], signal.SIGKILL)
+        wait_for(lambda: running.status()["run_id"] != first["run_id"], 10, running.text)
+        second = running.wait_state("ready")
+        assert second["engine_pid"] != first["engine_pid"]
+        assert (second["restarts"], second["restarts_left"]) == (1, 2)
+        assert running.stop() == 0
+    _no_process_left(tmp_path)
+
+
+def test_restart_budget_ends_in_failed_with_the_last_lines(tmp_path: Path) -> None:
+    """An engine that always dies is restarted within the budget, then it is failed with its last log lines."""
+    with stub_service(tmp_path, "exit-at-load", SPARK_LLM_ENGINE__RESTART_BUDGET="1") as running:
+        running.listening()
+        status = running.wait_state("failed")
+        assert status["reason"] == "restart_budget"
+        assert "ValueError: the weights are wrong" in status["last_log"]
+        code, body = running.get("/startupz")
+        assert (code, body["reason"]) == (503, "restart_budget")
+        assert running.post(CHAT, {"model": "x"})[1]["error"]["code"] == "restart_budget"
+        assert running.get("/livez")[0] == 200
+        assert running.stop() == 1
+    _no_process_left(tmp_path)
+
+
+def test_crash_with_code_0_is_a_crash(tmp_path: Path) -> None:
+    """An engine that exits with 0 when its core dies, as vLLM does, is restarted all the same."""
+    with stub_service(tmp_path, "crash-later") as running:
+        running.listening()
+        running.wait_log(r"the engine exited with code 0 \(engine_exited\)")
+        wait_for(lambda: running.status()["restarts"] >= 1, 10, running.text)
+
+
+def test_hang_during_load_is_noticed(tmp_path: Path) -> None:
+    """A load that neither logs, computes nor reads is ended as stalled."""
+    settings = {"SPARK_LLM_ENGINE__STALL_TIMEOUT_S": "1.5", "SPARK_LLM_ENGINE__RESTART_BUDGET": "0"}
+    with stub_service(tmp_path, "hang-at-load", **settings) as running:
+        running.listening()
+        running.wait_state("failed", timeout_s=60)
+        assert "(engine_stalled)" in running.text()
+    _no_process_left(tmp_path)
+
+
+def test_wrong_canary_is_never_ready(tmp_path: Path) -> None:
+    """An engine that answers the canary wrongly does not become ready and is not restarted in a loop."""
+    with stub_service(tmp_path, "wrong-canary") as running:
+        running.listening()
+        status = running.wait_state("failed")
+        assert status["reason"] == "canary"
+        assert running.get("/readyz")[0] == 503
+        assert "ready after" not in running.text()
+
+
+def test_frozen_scheduler_is_restarted(tmp_path: Path) -> None:
+    """Requests that run while the iteration counter stands still mean a restart."""
+    with stub_service(tmp_path, "frozen", SPARK_LLM_ENGINE__FREEZE_TIMEOUT_S="1") as running:
+        running.listening()
+        running.wait_log(r"\(engine_stalled\)")
+
+
+def test_stale_socket_does_not_block_a_start(tmp_path: Path) -> None:
+    """A socket file left by a killed engine is removed before the next start."""
+    (tmp_path / "run").mkdir()
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(tmp_path / "run" / "engine.sock"))
+    with stub_service(tmp_path) as running:
+        running.listening()
+        running.wait_state("ready")
+
+
+def test_second_instance_is_told(tmp_path: Path) -> None:
+    """A second service in the same folders is refused with the first one's process id; exit 75."""
+    with stub_service(tmp_path) as running:
+        running.listening()
+        second = _refused(tmp_path, "--port", "0")
+        assert second.returncode == 75
+        assert str(running.process.pid) in second.stderr
+
+
+def test_port_in_use(tmp_path: Path) -> None:
+    """A taken port is exit 2 with the port and what to do."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = _refused(tmp_path, "--port", str(port))
+    assert done.returncode == 2
+    assert f"port {port}: Address already in use [port_in_use]" in done.stderr
+    assert "--port" in done.stderr
+
+
+def test_open_door_is_refused(tmp_path: Path) -> None:
+    """Without keys, an address that the network reaches is exit 2; keys or --insecure allow it."""
+    done = _refused(tmp_path, "--host", "0.0.0.0", "--port", "0")
+    assert done.returncode == 2
+    assert "[insecure_bind]" in done.stderr
+
+
+def test_socket_path_too_long(tmp_path: Path) -> None:
+    """A runtime folder whose socket path exceeds the kernel's limit is blocked with the numbers."""
+    long = tmp_path / ("x" * SOCKET_PATH_LIMIT)
+    long.mkdir()
+    with _stub(tmp_path, SPARK_LLM_PATHS__RUNTIME=str(long)) as running:
+        running.listening()
+        status = running.wait_state("blocked")
+        assert status["reason"] == "socket_path_too_long"
+        assert "107" in status["message"]
+
+
+def test_engine_missing(tmp_path: Path) -> None:
+    """An interpreter that is not there is blocked with its path."""
+    with _stub(tmp_path, SPARK_LLM_ENGINE__PYTHON="/nonexistent/python") as running:
+        running.listening()
+        status = running.wait_state("blocked")
+        assert status["reason"] == "engine_missing"
+        assert "/nonexistent/python" in status["message"]
+        assert running.stop() == 1
+
+
+@pytest.mark.parametrize(
+    ("missing", "reason"), [("", "model_missing"), ("config.json", "model_incomplete")]
+)
+def test_model_missing_or_incomplete(tmp_path: Path, missing: str, reason: str) -> None:
+    """A model folder that is missing, or lacks a file, is blocked with the name of what is missing."""
+    from spark_llm.demo_model import write_demo_model
+
+    model = tmp_path / "model"
+    if missing:
+        write_demo_model(model)
+        (model / missing).unlink()
+    profiles = tmp_path / "profiles"
+    profiles.mkdir()
+    text = (
+        'description = "d"\nengine = "cpu"\ncontext = 512\nmax_num_seqs = 4\n'
+        f'max_num_batched_tokens = 512\nkv_cache_bytes = 1048576\nmodel = "{model}"\n'
+    )
+    (profiles / "local.toml").write_text(text)
+    with service(tmp_path, "--profile", "local") as running:
+        running.listening()
+        status = running.wait_state("blocked")
+        assert status["reason"] == reason
+        assert (missing or str(model)) in status["message"]
+
+
+def _stub(folder: Path, **settings: str) -> AbstractContextManager[Service]:
+    env = environment(folder, **{"SPARK_LLM_ENGINE__PYTHON": str(stub_python(folder)), **settings})
+    return service(folder, env=env)
