@@ -42,20 +42,25 @@ __device__ __forceinline__ void barrier_wait(uint64_t* bar, uint32_t parity) {
 __device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
-// Launches with programmatic dependent launch allowed and as much dynamic shared memory as asked for.
+// Launches with as much dynamic shared memory as asked for; `early` allows programmatic dependent launch.
 template <typename... Params, typename... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int bytes, cudaStream_t stream, Args... args) {
+cudaError_t launch_with(bool early, void (*kernel)(Params...), dim3 grid, int threads, int bytes, cudaStream_t stream, Args... args) {
   if (bytes > 48 * 1024) {
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
   }
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = bytes, config.stream = stream;
-  config.attrs = &early, config.numAttrs = 1;
+  config.attrs = &overlap, config.numAttrs = early ? 1 : 0;
   return cudaLaunchKernelEx(&config, kernel, Params(args)...);
+}
+
+template <typename... Params, typename... Args>
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, int threads, int bytes, cudaStream_t stream, Args... args) {
+  return launch_with(true, kernel, grid, threads, bytes, stream, args...);
 }
 
 }  // namespace spark_kernels
