@@ -222,7 +222,9 @@ class Fetch:
         incoming = self.folder.incoming(commit)
         stamps = self._already_there(incoming, files)
         wanted = [file for file in files if file.path not in stamps]
-        linkable = adopt.candidates(self.request, commit, wanted)
+        linkable = snapshots.siblings(self.folder, wanted) | adopt.candidates(
+            self.request, commit, wanted
+        )
         missing = [file for file in wanted if file.path not in linkable]
         needed = sum(
             file.size - min(partial_size(incoming.part(file.path)), file.size) for file in missing

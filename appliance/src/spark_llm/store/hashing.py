@@ -31,46 +31,66 @@ class Digests:
     size: int
 
 
-def hash_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> Digests:
-    """Both hashes of ``path``.
+GIT_LIMIT = 64 * 2**20
+"""Files up to this size, in bytes, get a git blob id too; the hub stores larger ones as LFS."""
+
+
+class Hasher:
+    """Both hashes of a content that comes in blocks.
 
     The git id is made for small files only: hashing a 5 GB shard twice would halve the speed, and the hub gives sha256
     for those. Larger files get an empty ``git_sha1``.
+
+    Args:
+        size: of the whole content, in bytes; git's blob id begins with it.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size, self._done = size, 0
+        self._sha256 = hashlib.sha256()
+        header = f"blob {size}\0".encode()
+        self._git = hashlib.sha1(header, usedforsecurity=False) if size <= GIT_LIMIT else None
+
+    def update(self, block: bytes | memoryview) -> None:
+        """The next bytes."""
+        self._sha256.update(block)
+        if self._git is not None:
+            self._git.update(block)
+        self._done += len(block)
+
+    def digests(self) -> Digests:
+        """The hashes of what came so far."""
+        whole = self._git is not None and self._done == self._size
+        return Digests(
+            self._sha256.hexdigest(),
+            self._git.hexdigest() if self._git and whole else "",
+            self._done,
+        )
+
+
+def hash_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> Digests:
+    """Both hashes of ``path``, see ``Hasher``; its pages leave the page cache as it goes.
 
     Args:
         path: read from start to end.
         advance: called with the number of bytes of each block.
     """
     size = path.stat().st_size
-    sha256 = hashlib.sha256()
-    git = (
-        hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
-        if size <= GIT_LIMIT
-        else None
-    )
+    hasher = Hasher(size)
     buffer = memoryview(bytearray(min(BLOCK, max(size, 1))))
-    done = 0
+    done = dropped = 0
     with path.open("rb", buffering=0) as stream:
         descriptor = stream.fileno()
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        dropped = 0
         while count := stream.readinto(buffer):
-            sha256.update(buffer[:count])
-            if git is not None:
-                git.update(buffer[:count])
+            hasher.update(buffer[:count])
             done += count
             advance(count)
             if done - dropped >= _DROP_EVERY:
                 os.posix_fadvise(descriptor, dropped, done - dropped, os.POSIX_FADV_DONTNEED)
                 dropped = done
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-    return Digests(
-        sha256.hexdigest(), git.hexdigest() if git is not None and done == size else "", done
-    )
-
-
-GIT_LIMIT = 64 * 2**20
-"""Files up to this size, in bytes, get a git blob id too; the hub stores larger ones as LFS."""
+    return hasher.digests()
 
 
 def hash_files(

@@ -2,7 +2,7 @@
 
 ::
 
-    <root>/models/ORG--NAME/
+    <root>/ORG--NAME/
         <commit>/                 a snapshot: complete and verified, or it is not here
             .spark-llm/receipt.json
         incoming/<commit>/        what a pull has so far; becomes the snapshot by one rename
@@ -12,8 +12,8 @@
         quarantine/<commit>/      files with wrong content, kept for a look
         refs.json                 which commit a branch or tag stood for when it was asked
         progress.json             the running pull, for those who watch
-    <root>/locks/ORG--NAME.write  held by the one who changes the model
-    <root>/locks/ORG--NAME.use    held, shared, by those who read it
+    <root>/.locks/ORG--NAME.write  held by the one who changes the model
+    <root>/.locks/ORG--NAME.use    held, shared, by those who read it
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class ModelFolder:
     @property
     def path(self) -> Path:
         """The model's folder."""
-        return self.root / "models" / folder_name(self.model)
+        return self.root / folder_name(self.model)
 
     @property
     def refs(self) -> Path:
@@ -56,12 +56,12 @@ class ModelFolder:
     @property
     def write_lock(self) -> Lock:
         """Held by whoever pulls, imports, repairs or removes."""
-        return Lock(self.root / "locks" / f"{folder_name(self.model)}.write", self.model)
+        return Lock(self.root / ".locks" / f"{folder_name(self.model)}.write", self.model)
 
     @property
     def use_lock(self) -> Lock:
         """Held, shared, by whoever serves, verifies or exports."""
-        return Lock(self.root / "locks" / f"{folder_name(self.model)}.use", self.model)
+        return Lock(self.root / ".locks" / f"{folder_name(self.model)}.use", self.model)
 
     def snapshot(self, commit: str) -> Path:
         """Where ``commit`` is once it is verified."""
@@ -139,8 +139,7 @@ def folder_name(model: str) -> str:
 
 def model_folders(root: Path) -> Iterator[ModelFolder]:
     """All models that have a folder, sorted by name."""
-    folder = root / "models"
-    if folder.is_dir():
-        for entry in sorted(folder.iterdir()):
+    if root.is_dir():
+        for entry in sorted(root.iterdir()):
             if not entry.name.startswith(".") and entry.is_dir():
                 yield ModelFolder(root, entry.name.replace("--", "/"))

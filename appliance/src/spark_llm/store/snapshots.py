@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from spark_llm.errors import RefusedError
@@ -58,6 +58,21 @@ def quarantine(folder: ModelFolder, commit: str, path: str, bad: Path) -> None:
     target = folder.quarantine(commit) / path
     target.parent.mkdir(parents=True, exist_ok=True)
     bad.replace(target)
+
+
+def siblings(folder: ModelFolder, wanted: Iterable[RemoteFile]) -> dict[str, Path]:
+    """Files of other snapshots of the model with the content that ``wanted`` files must have, by wanted path."""
+    known: dict[str, Path] = {}
+    for commit in folder.commits():
+        proof = receipt.read(folder.snapshot(commit))
+        for file in proof.files if proof else ():
+            known[file.sha256 or file.git_sha1] = folder.snapshot(commit) / file.path
+    found = {file.path: known.get(file.sha256 or file.git_sha1) for file in wanted}
+    return {
+        path: source.resolve()
+        for path, source in found.items()
+        if source is not None and source.is_file()
+    }
 
 
 def read_refs(folder: ModelFolder) -> dict[str, str]:

@@ -1,0 +1,38 @@
+"""What all commands share: options, settings, and output for people or programs."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from spark_llm.config import Settings
+    from spark_llm.folders import Folders
+
+Config = Annotated[
+    Path | None, typer.Option("--config", help="TOML file [default: /etc/spark-llm/config.toml].")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def load(config: Path | None) -> "tuple[Settings, Folders]":
+    """Settings and folders for one command.
+
+    Raises:
+        ConfigError: see ``config.load``.
+    """
+    from spark_llm import config as configuration
+    from spark_llm import folders
+    from spark_llm.profile import shipped_folder
+
+    settings = configuration.load(config)
+    return settings, folders.resolve(settings.paths, os.environ, shipped_folder())
+
+
+def print_json(value: Any) -> None:  # noqa: ANN401  any JSON value
+    """One JSON document on standard output."""
+    json.dump(value, sys.stdout, indent=1, default=str)
+    sys.stdout.write("\n")
