@@ -27,17 +27,15 @@ in
     '';
   };
 
+  # Both are subcommands, so that they can be tested and dry-run without Nix.
   install = program "spark-llm-install" "Install the systemd service on DGX OS (as root)" {
-    runtimeInputs = [ pkgs.coreutils ];
-    text = builtins.replaceStrings [ "@units@" "@package@" ] [
-      "${pkgs.callPackage ./units.nix { }}"
-      "${pkgs.spark-llm}"
-    ] (builtins.readFile ./install.sh);
+    runtimeInputs = [ pkgs.spark-llm ];
+    text = ''exec spark-llm install "$@"'';
   };
 
-  uninstall = program "spark-llm-uninstall" "Remove the systemd service; models and keys stay" {
-    runtimeInputs = [ pkgs.coreutils ];
-    text = builtins.readFile ./uninstall.sh;
+  uninstall = program "spark-llm-uninstall" "Remove the systemd service; models and configuration stay" {
+    runtimeInputs = [ pkgs.spark-llm ];
+    text = ''exec spark-llm uninstall "$@"'';
   };
 
   load-oci = program "spark-llm-load-oci" "Load the image into Docker or Podman" {
