@@ -140,6 +140,38 @@ class Cache(_Section):
     keep: Annotated[int, Field(ge=1)] = 2
 
 
+class Memory(_Section):
+    """How much of the machine the engine may take. A size of 0 is derived from the machine's.
+
+    Attributes:
+        reserve_bytes: kept for the host at a start; an eighth of the machine, 16 GiB at most.
+        soft_floor_bytes: below it no request is admitted; a tenth of the machine, 12 GiB at most.
+        hard_floor_bytes: below it the engine is killed; a twentieth, 6 GiB at most.
+        free_floor_bytes: as ``hard_floor_bytes``, but of free memory; an eightieth, 1.5 GiB at most.
+        gate_timeout_s: longest wait for memory before a start, in seconds.
+        drivers: beginnings of NVIDIA driver versions known to work; others are warned of. Graph capture hangs on 590.
+    """
+
+    reserve_bytes: Annotated[int, Field(ge=0)] = 0
+    soft_floor_bytes: Annotated[int, Field(ge=0)] = 0
+    hard_floor_bytes: Annotated[int, Field(ge=0)] = 0
+    free_floor_bytes: Annotated[int, Field(ge=0)] = 0
+    gate_timeout_s: Seconds = 300.0
+    drivers: tuple[str, ...] = ("580.",)
+
+
+class Admission(_Section):
+    """How the requests of one key are held back for the others'; see also ``[gateway]``.
+
+    Attributes:
+        max_running_per_key: requests of one key at the engine at once; 0 for no limit of its own.
+        max_queue_per_key: requests of one key that wait; 0 for no limit of its own.
+    """
+
+    max_running_per_key: Annotated[int, Field(ge=0)] = 0
+    max_queue_per_key: Annotated[int, Field(ge=0)] = 0
+
+
 class Log(_Section):
     """Attributes: level: least severe line that is written."""
 
@@ -158,6 +190,8 @@ class Settings(BaseSettings):
     engine: Engine = Engine()
     paths: Paths = Paths()
     store: Store = Store()
+    memory: Memory = Memory()
+    admission: Admission = Admission()
     cache: Cache = Cache()
     log: Log = Log()
 

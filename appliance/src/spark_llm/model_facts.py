@@ -1,16 +1,48 @@
 """What the ledger needs of a model: from its folder, or from the hub without its weights."""
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from spark_llm.architecture import Architecture, read_architecture
+from spark_llm.demo_model import write_demo_model
 from spark_llm.errors import SparkLlmError, TryAgainError
 from spark_llm.ledger import Model
-from spark_llm.profile import Profile
+from spark_llm.profile import DEMO_MODEL, Profile
 from spark_llm.reason import Reason
+from spark_llm.store.store import Store
 from spark_llm.weights import Tensor, Weights, read_folder, sum_up
+
+_TIMEOUT_S = 10.0
+
+
+def local_model(profile: Profile, models: Path) -> Model | None:
+    """Facts of the profile's model as it lies in the store or in a folder of its own; None if it is not there.
+
+    Raises:
+        SparkLlmError: a file of it is damaged.
+    """
+    folder = _folder(profile.model, profile.revision, models)
+    if folder is None and profile.model == DEMO_MODEL:
+        with tempfile.TemporaryDirectory() as made:
+            write_demo_model(Path(made) / DEMO_MODEL)
+            return read_model(Path(made) / DEMO_MODEL)
+    if folder is None:
+        return None
+    speculative = profile.speculative
+    if speculative is None or not speculative.model:
+        return read_model(folder)
+    draft = _folder(speculative.model, speculative.revision, models)
+    return None if draft is None else read_model(folder, draft)
+
+
+def _folder(model: str, revision: str, models: Path) -> Path | None:
+    if model == DEMO_MODEL or Path(model).is_absolute():
+        folder = models / model  # an absolute path stays what it is
+        return folder if (folder / "config.json").is_file() else None
+    return Store(models).locate(model, revision)
 
 
 def read_model(folder: Path, draft: Path | None = None) -> Model:
@@ -70,9 +102,12 @@ def _fetch(
     from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 
     api = HfApi(endpoint=endpoint, token=token or False)
-    commit = revision or None
     try:
-        path = api.hf_hub_download(repository, "config.json", revision=commit)
+        # Asked first because it fails at once without a network; the others try for half a minute.
+        commit = api.model_info(repository, revision=revision or None, timeout=_TIMEOUT_S).sha
+        with tempfile.TemporaryDirectory() as folder:
+            path = api.hf_hub_download(repository, "config.json", revision=commit, local_dir=folder)
+            config = json.loads(Path(path).read_bytes())
         metadata = api.get_safetensors_metadata(repository, revision=commit)
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise TryAgainError(
@@ -85,4 +120,4 @@ def _fetch(
         for file in metadata.files_metadata.values()
         for name, tensor in file.tensors.items()
     )
-    return json.loads(Path(path).read_bytes()), sum_up(tensors)
+    return config, sum_up(tensors)
