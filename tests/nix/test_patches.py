@@ -83,6 +83,7 @@ def _environment(tree: Path, scratch: Path) -> dict[str, str]:
         "XDG_CACHE_HOME": str(scratch),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HOST_IP": "127.0.0.1",
     }
 
 
