@@ -2,7 +2,7 @@
 
 The loop is bound by memory on GB10 (SM 12.1) and H100 alike; what is left to choose is how many bytes
 are in flight and how evenly the tiles fall. GB10's values follow from its limits (99 KiB of shared
-memory a block, 48 multiprocessors) and were not run on hardware; `spark-kernels tune` measures them.
+memory a block, 48 multiprocessors) and were not run on hardware.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """A launch: ``parts`` of K per strip, blocks in the grid, warps a block, tiles in a warp's ring."""
+    """A launch: ``parts`` of K a strip, blocks in the grid, warps a block, tiles in a warp's ring."""
 
     parts: int
     grid: int
@@ -18,21 +18,36 @@ class Launch:
     stages: int
 
 
-# (warps, stages) by compute capability major; 6,176 bytes a tile.
-RINGS = {9: (12, 2), 12: (6, 2)}
+@dataclass(frozen=True, slots=True)
+class Ring:
+    """A block's ring of 6,176-byte tiles, and how many in flight a multiprocessor needs.
+
+    ``needed`` is bandwidth times latency over the tile size: on an H100 3 TB/s * 2 us / 132 / 6 KiB,
+    on GB10 273 GB/s * 1.5 us / 48 / 6 KiB, rounded up.
+    """
+
+    warps: int
+    stages: int
+    needed: int
+
+
+RINGS = {9: Ring(12, 2, 10), 12: Ring(6, 2, 2)}  # by compute capability major
 
 
 def launch(strips: int, tiles: int, sms: int, major: int) -> Launch:
-    """Choose the split of K that loads the multiprocessors most evenly; ties go to the fewest parts.
+    """Choose the split of K: even over the multiprocessors, with enough in flight, in few parts.
 
-    A unit is one part of one strip; a multiprocessor gets ``ceil(units / sms)`` of at most
-    ``ceil(tiles / parts)`` tiles. 1 % a part stands for its partial sums.
+    A unit is one part of one strip, done by one warp: a multiprocessor gets ``ceil(units / sms)`` of
+    up to ``ceil(tiles / parts)`` tiles. The cost is the busiest multiprocessor's tiles, stretched
+    when its units keep fewer in flight than needed, plus 1 % a part for the partial sums.
     """
-    warps, stages = RINGS.get(major, RINGS[12])
+    ring = RINGS.get(major, RINGS[12])
 
     def cost(parts: int) -> tuple[float, int]:
         units = -(-strips * parts // sms)
-        return units * (-(-tiles // parts)) * (1 + 0.01 * parts), parts
+        in_flight = min(units, ring.warps) * min(ring.stages, -(-tiles // parts))
+        stretch = max(1.0, ring.needed / in_flight)
+        return units * -(-tiles // parts) * stretch * (1 + 0.01 * parts), parts
 
     parts = min(range(1, tiles + 1), key=cost)
-    return Launch(parts, min(sms, strips * parts), warps, stages)
+    return Launch(parts, min(sms, strips * parts), ring.warps, ring.stages)

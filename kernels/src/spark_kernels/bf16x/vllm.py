@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers import linear as vllm_linear
-from vllm.model_executor.layers import vocab_parallel_embedding as vllm_embedding
 
-from spark_kernels import build
+from spark_kernels import build, vllm_hooks
 from spark_kernels.bf16x import api
 from spark_kernels.bf16x.selection import Selection
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
 logger = logging.getLogger("vllm.spark_kernels")
 
@@ -71,20 +70,8 @@ def encode_layer(layer: torch.nn.Module, selection: Selection, *, is_head: bool)
     return True
 
 
-def _wrap(method: type, take: Callable[[torch.nn.Module], bool]) -> None:
-    """Run ``take`` on a layer after the method's own post-processing; once per process."""
-    inner = method.process_weights_after_loading  # type: ignore[attr-defined]
-
-    def process_weights_after_loading(self: object, layer: torch.nn.Module) -> None:
-        inner(self, layer)
-        if type(self) is method:
-            take(layer)
-
-    method.process_weights_after_loading = process_weights_after_loading  # type: ignore[attr-defined]
-
-
 def register(options: Mapping[str, Any]) -> None:
-    """Hook vLLM's unquantised methods.
+    """Encode the layers that the options select, from the next model load on.
 
     Raises:
         LibraryMissingError: the kernel's library is not there.
@@ -92,14 +79,9 @@ def register(options: Mapping[str, Any]) -> None:
     build.load("bf16x")
     selection = Selection.from_options(options)
 
-    def take_linear(layer: torch.nn.Module) -> bool:
-        return type(layer).forward in _PLAIN_FORWARDS and encode_layer(layer, selection, is_head=False)
+    def take(layer: torch.nn.Module) -> None:
+        head = vllm_hooks.is_head(layer)
+        if (head and not vllm_hooks.is_tied(layer)) or type(layer).forward in _PLAIN_FORWARDS:
+            encode_layer(layer, selection, is_head=head)
 
-    def take_head(layer: torch.nn.Module) -> bool:
-        # A tied head's weight is the embedding's: rows are looked up there, so it stays.
-        if not isinstance(layer, vllm_embedding.ParallelLMHead) or getattr(layer, "spark_screened", False):
-            return False
-        return not getattr(layer, "tie_word_embeddings", False) and encode_layer(layer, selection, is_head=True)
-
-    _wrap(vllm_linear.UnquantizedLinearMethod, take_linear)
-    _wrap(vllm_embedding.UnquantizedEmbeddingMethod, take_head)
+    vllm_hooks.after_loading(take)

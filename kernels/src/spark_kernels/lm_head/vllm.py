@@ -17,7 +17,7 @@ from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.v1.worker.gpu import model_runner as vllm_runner
 from vllm.v1.worker.gpu.sample import sampler as vllm_sampler
 
-from spark_kernels import build
+from spark_kernels import build, vllm_hooks
 from spark_kernels.lm_head import api
 from spark_kernels.lm_head.request import FULL, batch_top_k, request_top_k
 
@@ -56,8 +56,9 @@ def _prepare(layer: torch.nn.Module, options: Mapping[str, Any]) -> None:
     if not weight.is_cuda or weight.dtype != torch.bfloat16 or rows < int(options["min_rows"]) or shard.num_added_elements:
         return
     head = api.prepare(weight.data[:rows], int(options["max_tokens"]))
+    layer.register_buffer("screen_codes", head.codes, persistent=False)  # seen by memory accounting
+    layer.register_buffer("screen_rows", head.rows, persistent=False)
     layer.quant_method = ScreenedHeadMethod(head)
-    layer.spark_screened = True
     logger.info("lm_head: %d rows screened, %.2f GB beside the weight", rows, head.extra_bytes / 1e9)
 
 
@@ -77,13 +78,11 @@ def register(options: Mapping[str, Any]) -> None:
     """
     build.load("lm_head")
     max_top_k = int(options["max_top_k"])
-    loaded = vllm_embedding.UnquantizedEmbeddingMethod.process_weights_after_loading
     add_request = vllm_sampler.Sampler.add_request
     sample = vllm_runner.GPUModelRunner.sample
 
-    def process_weights_after_loading(self: object, layer: torch.nn.Module) -> None:
-        loaded(self, layer)
-        if type(self) is vllm_embedding.UnquantizedEmbeddingMethod and isinstance(layer, vllm_embedding.ParallelLMHead):
+    def take(layer: torch.nn.Module) -> None:
+        if vllm_hooks.is_head(layer):
             _prepare(layer, options)
 
     def remember_request(self: Any, req_idx: int, sampling_params: Any) -> None:  # noqa: ANN401 - vLLM's types
@@ -113,6 +112,6 @@ def register(options: Mapping[str, Any]) -> None:
         finally:
             _Step.top_k = FULL
 
-    vllm_embedding.UnquantizedEmbeddingMethod.process_weights_after_loading = process_weights_after_loading
+    vllm_hooks.after_loading(take)
     vllm_sampler.Sampler.add_request = remember_request
     vllm_runner.GPUModelRunner.sample = screened_sample
