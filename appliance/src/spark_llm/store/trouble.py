@@ -58,13 +58,13 @@ def describe(error: BaseException, model: str, endpoint: str, *, authenticated: 
             f"cannot write {error.filename}: {error.strerror}",
             "`spark-llm doctor` says more.",
         )
-    if isinstance(error, httpx2.HTTPError | httpx2.InvalidURL):
-        return Trouble(
-            Reason.NETWORK,
-            f"{endpoint} cannot be reached: {type(error).__name__}: {error}",
-            _CHECK_NETWORK,
-            retry=True,
-        )
+    if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.InvalidURL):
+        return Trouble(Reason.NETWORK, f"{endpoint} cannot be reached: {error}", _CHECK_NETWORK, retry=True)
+    if isinstance(error, httpx2.TimeoutException):
+        return Trouble(Reason.STALLED, f"{endpoint} went silent", _CHECK_NETWORK, retry=True)
+    if isinstance(error, httpx2.HTTPError):
+        message = f"the connection to {endpoint} broke off: {error}"
+        return Trouble(Reason.NETWORK, message, _CHECK_NETWORK, retry=True)
     if isinstance(error, json.JSONDecodeError):
         return Trouble(Reason.NETWORK, f"{endpoint} does not answer like a hub", _CHECK_NETWORK)
     return Trouble(

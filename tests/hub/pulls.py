@@ -1,0 +1,56 @@
+"""Pulls with real processes between a local hub and a store, and what they said."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from hub.server import LocalHub
+from spark_llm.store import Event, Failure, Note, Progress, Request, Result, Store
+
+WEIGHTS = bytes(range(256)) * 12_000
+"""Three megabytes, so three chunks of the transfer."""
+FILES: dict[str, bytes | Path] = {
+    "config.json": b'{"architectures": ["LlamaForCausalLM"]}',
+    "tokenizer/vocab.json": b"{}",
+    "model.safetensors": WEIGHTS,
+}
+MODEL = "org/name"
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull said, in order."""
+
+    events: tuple[Event, ...]
+
+    @property
+    def result(self) -> Result:
+        last = self.events[-1]
+        assert isinstance(last, Result), last
+        return last
+
+    @property
+    def failure(self) -> Failure:
+        last = self.events[-1]
+        assert isinstance(last, Failure), last
+        return last
+
+    @property
+    def notes(self) -> list[str]:
+        return [event.message for event in self.events if isinstance(event, Note)]
+
+    @property
+    def progress(self) -> list[Progress]:
+        return [event for event in self.events if isinstance(event, Progress)]
+
+
+@dataclass(frozen=True)
+class Puller:
+    """Pulls into one store from one hub, by the same processes as the appliance."""
+
+    hub: LocalHub
+    store: Store
+    request: Request
+
+    def __call__(self, model: str = MODEL, **changes: object) -> Pulled:
+        request = replace(self.request, model=model, **changes)  # type: ignore[arg-type]  # Request's fields
+        return Pulled(tuple(self.store.fetch(request)))
