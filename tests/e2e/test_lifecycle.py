@@ -1,0 +1,80 @@
+"""Draining, crashing and dying with a real vLLM: nothing is lost silently and nothing is left behind."""
+
+import concurrent.futures
+import os
+import signal
+from pathlib import Path
+
+import openai
+
+from tests.appliance.service import Service, processes_below, wait_for
+from tests.e2e.conftest import START_TIMEOUT_S, demo_service
+
+
+def _client(running: Service) -> openai.OpenAI:
+    return openai.OpenAI(
+        base_url=f"http://127.0.0.1:{running.port}/v1", api_key="none", max_retries=0
+    )
+
+
+def _no_process_left(folder: Path) -> None:
+    wait_for(lambda: not processes_below(folder), 20, lambda: f"left: {processes_below(folder)}")
+
+
+def _stream(running: Service, tokens: int, started: concurrent.futures.Future[None]) -> int:
+    """Tokens of one streamed answer, as its last event counts them; sets ``started`` at the first."""
+    with _client(running) as client:
+        counted = 0
+        for chunk in client.chat.completions.create(
+            model="default",
+            messages=[{"role": "user", "content": "the"}],
+            max_tokens=tokens,
+            stream=True,
+            stream_options={"include_usage": True},
+        ):
+            if not started.done():
+                started.set_result(None)
+            counted = chunk.usage.completion_tokens if chunk.usage else counted
+        return counted
+
+
+def test_drain_under_load(tmp_path: Path, engine_cache: Path) -> None:
+    """SIGTERM under load: running streams end whole, later requests are 503, exit 0, no process is left."""
+    with demo_service(tmp_path, engine_cache) as running:
+        running.wait_state("ready", timeout_s=START_TIMEOUT_S)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            started: list[concurrent.futures.Future[None]] = [
+                concurrent.futures.Future() for _ in range(4)
+            ]
+            streams = [pool.submit(_stream, running, 1500, begun) for begun in started]
+            for begun in started:
+                begun.result(60)
+            running.process.send_signal(signal.SIGTERM)
+            running.wait_state("draining")
+            late = running.post("/v1/completions", {"model": "default", "prompt": "the"})
+            assert (late[0], late[1]["error"]["code"]) == (503, "draining")
+            assert [stream.result(120) for stream in streams] == [1500] * 4
+        assert running.process.wait(60) == 0
+    _no_process_left(tmp_path)
+
+
+def test_killed_engine_comes_back_and_killed_controller_leaves_nothing(
+    tmp_path: Path, engine_cache: Path
+) -> None:
+    """SIGKILL of the engine: an error to the client, then ready again. SIGKILL of the controller: nothing lives on."""
+    with demo_service(tmp_path, engine_cache) as running:
+        first = running.wait_state("ready", timeout_s=START_TIMEOUT_S)
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            begun: concurrent.futures.Future[None] = concurrent.futures.Future()
+            stream = pool.submit(_stream, running, 3000, begun)
+            begun.result(60)
+            os.kill(first["engine_pid"], signal.SIGKILL)
+            assert isinstance(stream.exception(60), openai.APIError)
+        wait_for(lambda: running.status()["run_id"] != first["run_id"], 60, running.text)
+        second = running.wait_state("ready", timeout_s=START_TIMEOUT_S)
+        assert second["restarts"] == 1
+        with _client(running) as client:
+            assert client.completions.create(model="demo", prompt="the", max_tokens=3).choices
+        running.process.kill()
+        running.process.wait()
+    _no_process_left(tmp_path)
