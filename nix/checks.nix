@@ -21,6 +21,7 @@ let
           enable = true;
           settings.gateway.host = "0.0.0.0";
           openFirewall = true;
+          clients = [ "192.168.1.0/24" ];
           credentials.api-keys = "/run/secrets/keys";
         };
       }

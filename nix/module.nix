@@ -20,10 +20,13 @@ let
   cfg = config.services.spark-llm;
   toml = pkgs.formats.toml { };
   ours = flake.packages.${pkgs.stdenv.hostPlatform.system};
+  host = cfg.settings.gateway.host or "127.0.0.1";
+  port = cfg.settings.gateway.port or 8000;
   units = pkgs.callPackage ./units.nix {
-    inherit (ours) driver-link;
     spark-llm = cfg.package;
     sparkLib = import ./lib { inherit lib; };
+    listen = "${host}:${toString port}";
+    clients = lib.concatStringsSep " " cfg.clients;
   };
   loopback = [
     "127.0.0.1"
@@ -64,6 +67,16 @@ in
       type = types.bool;
       default = false;
       description = "Open the gateway's port. It takes a `settings.gateway.host` that is not loopback, and API keys.";
+    };
+
+    clients = mkOption {
+      type = types.listOf types.str;
+      default = [ "localhost" ];
+      example = [
+        "localhost"
+        "192.168.1.0/24"
+      ];
+      description = "Who may connect to the gateway, as systemd's IPAddressAllow= takes it.";
     };
 
     environmentFile = mkOption {
@@ -108,8 +121,12 @@ in
         message = "services.spark-llm: there are no wheels for ${pkgs.stdenv.hostPlatform.system}; a DGX Spark is aarch64-linux.";
       }
       {
-        assertion = cfg.openFirewall -> !(lib.elem (cfg.settings.gateway.host or "127.0.0.1") loopback);
+        assertion = cfg.openFirewall -> !(lib.elem host loopback);
         message = "services.spark-llm.openFirewall opens a port on which nothing listens: set services.spark-llm.settings.gateway.host as well (and make API keys with `spark-llm keys`).";
+      }
+      {
+        assertion = cfg.openFirewall -> cfg.clients != [ "localhost" ];
+        message = "services.spark-llm.openFirewall lets packets in that the socket then refuses: name the clients in services.spark-llm.clients.";
       }
       {
         assertion = clustered -> cfg.cluster.rank <= lib.length cfg.cluster.peers;
@@ -126,23 +143,34 @@ in
     environment.etc."spark-llm/config.toml".source = toml.generate "config.toml" cfg.settings;
     environment.systemPackages = [ cfg.package ];
 
+    # As appliance/units/sysusers.conf: the fetcher alone has the hub token.
     users.users.spark-llm = {
       isSystemUser = true;
       group = "spark-llm";
+      home = "/var/lib/spark-llm";
       extraGroups = [
         "video"
         "render"
       ];
+    };
+    users.users.spark-llm-fetch = {
+      isSystemUser = true;
+      group = "spark-llm";
+      home = "/var/lib/spark-llm";
     };
     users.groups.spark-llm = { };
 
     # The driver's libraries at /run/opengl-driver/lib.
     hardware.graphics.enable = mkDefault true;
 
-    # The one source of the units; what NixOS knows better comes as drop-ins.
+    # The one source of the units; what NixOS knows better comes as drop-ins. NixOS does not read [Install].
     systemd.packages = [ units ];
+    systemd.tmpfiles.packages = [ units ];
+    systemd.targets.spark-llm.wantedBy = [ "multi-user.target" ];
+    systemd.sockets.spark-llm.wantedBy = [ "sockets.target" ];
+    systemd.services.spark-llm-guard.wantedBy = [ "spark-llm.target" ];
     systemd.services.spark-llm = {
-      wantedBy = [ "multi-user.target" ];
+      wantedBy = [ "spark-llm.target" ];
       restartTriggers = [ config.environment.etc."spark-llm/config.toml".source ];
       serviceConfig = {
         LoadCredential = lib.mapAttrsToList (name: file: "${name}:${toString file}") cfg.credentials;
@@ -150,8 +178,6 @@ in
       // lib.optionalAttrs (cfg.environmentFile != null) { EnvironmentFile = [ cfg.environmentFile ]; };
     };
 
-    networking.firewall.allowedTCPPorts = lib.optional cfg.openFirewall (
-      cfg.settings.gateway.port or 8000
-    );
+    networking.firewall.allowedTCPPorts = lib.optional cfg.openFirewall port;
   };
 }

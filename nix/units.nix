@@ -1,33 +1,34 @@
-# The systemd units of appliance/units, their placeholders filled with store paths. The same templates are
-# filled with other paths by `spark-llm install` on DGX OS.
+# The systemd units of appliance/units with store paths in them. The same templates get other paths from
+# `spark-llm install` on DGX OS.
 {
   lib,
   runCommand,
   writeText,
-  driver-link,
   spark-llm,
   sparkLib,
-  user ? "spark-llm",
-  group ? "spark-llm",
-  configFile ? "/etc/spark-llm/config.toml",
+  # What the gateway's socket listens on, and the addresses (systemd's IPAddressAllow=) that may connect.
+  listen ? "127.0.0.1:8000",
+  clients ? "localhost",
 }:
 
 let
-  templates = lib.filterAttrs (name: _: lib.hasSuffix ".in" name) (builtins.readDir spark-llm.units);
   values = {
-    inherit user group;
-    bin = lib.getExe spark-llm;
-    bindir = "${spark-llm}/bin";
-    config = configFile;
-    driver_link = lib.getExe driver-link;
-    package = "${spark-llm}";
+    inherit clients listen;
+    bin = "${spark-llm}/bin";
   };
-  fill =
-    name: writeText (lib.removeSuffix ".in" name) (sparkLib.unit.fill values (builtins.readFile (spark-llm.units + "/${name}")));
+  isUnit = name: lib.any (kind: lib.hasSuffix ".${kind}" name) [
+    "service"
+    "socket"
+    "target"
+  ];
+  units = lib.filter isUnit (lib.attrNames (builtins.readDir spark-llm.units));
+  # A store path's name takes no @.
+  fill = name: writeText (lib.replaceStrings [ "@" ] [ "-" ] name) (sparkLib.unit.fill values (builtins.readFile (spark-llm.units + "/${name}")));
 in
 runCommand "spark-llm-units" { } ''
-  mkdir -p "$out/lib/systemd/system"
-  ${lib.concatMapStringsSep "\n" (
-    name: ''cp ${fill name} "$out/lib/systemd/system/${lib.removeSuffix ".in" name}"''
-  ) (lib.attrNames templates)}
+  mkdir -p "$out/lib/systemd/system" "$out/lib/tmpfiles.d"
+  ${lib.concatMapStrings (name: ''
+    cp ${fill name} "$out/lib/systemd/system/${name}"
+  '') units}
+  cp ${spark-llm.units}/tmpfiles.conf "$out/lib/tmpfiles.d/spark-llm.conf"
 ''

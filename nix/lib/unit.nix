@@ -18,8 +18,8 @@ in
 {
   inherit placeholders;
 
-  # Fill a template. Every placeholder must have a value and every value a placeholder: a unit with a
-  # literal @python@ in it starts nothing, and says so only in the journal.
+  # Fill a template. Every placeholder must have a value: a unit with a literal @bin@ in it starts nothing,
+  # and says so only in the journal.
   fill =
     values: template:
     let

@@ -6,6 +6,7 @@
   callPackage,
   makeWrapper,
   python312,
+  driver-link,
   python-env,
   sparkLib,
   sparkPins,
@@ -17,6 +18,25 @@
 let
   inherit (sparkPins) sitePackages;
   version = sparkLib.version.ofPackage (src + "/src/spark_llm/__init__.py");
+
+  inherit (lib.importTOML (src + "/pyproject.toml")) project;
+
+  # A console script of the project: "spark_llm.cli:main" runs in the environment, with the engine named.
+  script =
+    name: entry:
+    let
+      parts = lib.splitString ":" entry;
+    in
+    ''
+      printf '%s\n' '#!${environment}/bin/python' 'import sys' \
+        'from ${lib.elemAt parts 0} import ${lib.elemAt parts 1} as run' 'sys.exit(run())' >"$out/libexec/${name}"
+      chmod +x "$out/libexec/${name}"
+      makeWrapper "$out/libexec/${name}" "$out/bin/${name}" ${
+        lib.optionalString (
+          vllm-gb10 != null
+        ) "--set-default SPARK_LLM_ENGINE__PYTHON ${vllm-gb10}/bin/python"
+      }
+    '';
 
   mkWheel = callPackage ../wheel {
     sparkPins = sparkPins // {
@@ -68,22 +88,9 @@ stdenv.mkDerivation (finalAttrs: {
   installPhase = ''
     runHook preInstall
     mkdir -p "$out/libexec"
-    cat >"$out/libexec/spark-llm" <<EOF
-    #!${environment}/bin/python
-    import sys
-    from spark_llm.cli import main
-    sys.exit(main())
-    EOF
-    chmod +x "$out/libexec/spark-llm"
-    makeWrapper "$out/libexec/spark-llm" "$out/bin/spark-llm" ${
-      lib.optionalString (
-        vllm-gb10 != null
-      ) "--set-default SPARK_LLM_ENGINE__PYTHON ${vllm-gb10}/bin/python"
-    }
-    if [ -d ${src}/units ]; then
-      mkdir -p "$out/share/spark-llm"
-      cp -r ${src}/units "$out/share/spark-llm/"
-    fi
+    ${lib.concatStrings (lib.mapAttrsToList script project.scripts)}
+    # spark-llm-driver.service expects it beside the service.
+    ln -s ${lib.getExe driver-link} "$out/bin/driver-link"
     runHook postInstall
   '';
 

@@ -119,6 +119,7 @@ let
 
     # strings
     optionalString = condition: text: if condition then text else "";
+    concatStrings = builtins.concatStringsSep "";
     concatMapStrings = f: list: builtins.concatStringsSep "" (map f list);
     concatMapStringsSep =
       separator: f: list:
