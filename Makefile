@@ -5,7 +5,7 @@ ENGINE := .venv-engine
 PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest
 
-.PHONY: serve test check venv engine test-appliance test-e2e lock clean
+.PHONY: systemd test-systemd serve test check venv engine test-appliance test-e2e lock clean
 
 serve: venv engine ## serve the demo model on http://127.0.0.1:8000 with the embedded engine
 	$(VENV)/bin/spark-llm serve --profile demo
@@ -31,6 +31,13 @@ $(VENV)/.stamp: tests/requirements.txt appliance/pyproject.toml
 	$(PY) -m pip --disable-pip-version-check install -q --require-hashes --only-binary=:all: -r tests/requirements.txt
 	$(PY) -m pip --disable-pip-version-check install -q --no-deps --no-build-isolation -e appliance
 	touch $@
+
+systemd: venv ## systemd's own Python bindings, built from source (needs pkg-config and libsystemd-dev)
+	$(PY) -m pip --disable-pip-version-check install -q --require-hashes --only-binary=:all: -r appliance/systemd/build.txt
+	$(PY) -m pip --disable-pip-version-check install -q --require-hashes --no-build-isolation -r appliance/systemd/requirements.txt
+
+test-systemd: venv engine systemd ## a real systemd as PID 1 in a container (root; tests/systemd/packages.txt names what it needs)
+	$(PYTEST) tests/systemd
 
 engine: ## vLLM's CPU build in an environment of its own
 	appliance/engine/install.sh $(PYTHON) $(ENGINE)

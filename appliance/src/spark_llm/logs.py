@@ -1,11 +1,22 @@
-"""Log lines for a terminal or a journal."""
+"""Log lines: for a person on a terminal, with fields in systemd's journal, plain anywhere else."""
 
 import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.logging import RichHandler
 
 _ENGINE = "spark_llm.engine"
+_IDENTIFIER = "spark-llm"
+_STANDARD = frozenset(
+    {"PRIORITY", "CODE_FILE", "CODE_LINE", "CODE_FUNC", "LOGGER", "EXCEPTION_TEXT"}
+)
+_PREFIX = "SPARK_LLM_"
+
+Fields = Callable[[], Mapping[str, str]]
 
 
 class _Plain(logging.Formatter):
@@ -19,15 +30,65 @@ class _Plain(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-def configure(level: str) -> None:
-    """Send log lines to standard error: with times and colours on a terminal, plain otherwise."""
+def configure(level: str, fields: Fields = dict) -> None:
+    """Send log lines to standard error: times and colours on a terminal, fields in the journal, plain otherwise.
+
+    Args:
+        level: least severe line that is written.
+        fields: what each line carries in the journal, by lower-case name: ``reason`` becomes ``SPARK_LLM_REASON``.
+    """
+    logging.basicConfig(level=level.upper(), handlers=[_handler(fields)], force=True)
+
+
+def set_level(level: str) -> None:
+    """Change the least severe line that is written."""
+    logging.getLogger().setLevel(level.upper())
+
+
+def _handler(fields: Fields) -> logging.Handler:
     console = Console(stderr=True)
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(
             console=console, show_path=False, show_level=False, markup=False, highlighter=None
         )
+    elif _to_journal(os.environ) and (journal := _journal_handler(fields)) is not None:
+        return journal
     else:
         handler = logging.StreamHandler()
     handler.setFormatter(_Plain())
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    return handler
+
+
+def _to_journal(environ: Mapping[str, str]) -> bool:
+    """Whether standard error is the journal's stream, as systemd.exec(5) says to find out."""
+    try:
+        seen = os.fstat(sys.stderr.fileno())
+    except (OSError, ValueError):
+        return False
+    return environ.get("JOURNAL_STREAM") == f"{seen.st_dev}:{seen.st_ino}"
+
+
+def _journal_handler(fields: Fields) -> logging.Handler | None:
+    try:
+        from systemd import journal  # noqa: PLC0415  an optional extra; only needed here
+    except ImportError:  # plain lines on standard error reach the journal too
+        return None
+
+    def send(message: str, **given: Any) -> None:  # noqa: ANN401  as the journal's own function
+        # The handler passes the whole record; what is not in these two sets is noise, or arguments of a message.
+        kept = {name: value for name, value in given.items() if name in _STANDARD}
+        own = {f"{_PREFIX}{name.upper()}": value for name, value in fields().items() if value}
+        journal.send(message, SYSLOG_IDENTIFIER=_IDENTIFIER, **kept, **own)
+
+    handler: logging.Handler = journal.JournalHandler(sender_function=send)
+    handler.setFormatter(_Brief())
+    return handler
+
+
+class _Brief(logging.Formatter):
+    """As :class:`_Plain` without the level, which is a field."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"engine | {record.getMessage()}" if record.name == _ENGINE else record.getMessage()
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
