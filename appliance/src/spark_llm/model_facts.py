@@ -98,6 +98,7 @@ def _fetch(
     repository: str, revision: str, endpoint: str | None, token: str | None
 ) -> tuple[Mapping[str, Any], Weights]:
     # Imported here: half a second that only this path should pay.
+    from httpx2 import HTTPError  # noqa: PLC0415
     from huggingface_hub import HfApi  # noqa: PLC0415
     from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
 
@@ -109,7 +110,7 @@ def _fetch(
             path = api.hf_hub_download(repository, "config.json", revision=commit, local_dir=folder)
             config = json.loads(Path(path).read_bytes())
         metadata = api.get_safetensors_metadata(repository, revision=commit)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
         raise TryAgainError(
             f"the hub does not give the headers of {repository}: {str(error).splitlines()[0]}",
             reason=Reason.NETWORK,

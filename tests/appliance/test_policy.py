@@ -1,0 +1,215 @@
+"""Liveness, restarts and readiness, as tables."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from spark_llm.policy import (
+    Action,
+    Failure,
+    Observation,
+    Progress,
+    ReadyFacts,
+    Rules,
+    Sample,
+    Socket,
+    after_failure,
+    exit_cause,
+    follow,
+    liveness,
+    readiness,
+)
+from spark_llm.reason import Reason
+
+RULES = Rules()
+
+
+def stuck(since: float, *, now: float, running: int = 1, sampled: float | None = None) -> Progress:
+    """An iteration counter that has stood still since ``since``."""
+    return Progress(Sample(now if sampled is None else sampled, running, 7), since)
+
+
+NOW = 1000.0
+HEALTHY = Observation(NOW, was_ready=True, socket=Socket.ACCEPTED, progress=stuck(NOW, now=NOW))
+
+LIVENESS = [
+    ("healthy", HEALTHY, None),
+    ("process gone", replace(HEALTHY, exited=True), Reason.ENGINE_EXITED),
+    ("gone before ready", replace(HEALTHY, exited=True, was_ready=False), Reason.ENGINE_EXITED),
+    ("refuses after ready", replace(HEALTHY, socket=Socket.REFUSED), Reason.ENGINE_UNREACHABLE),
+    ("refuses while loading", replace(HEALTHY, socket=Socket.REFUSED, was_ready=False), None),
+    ("times out", replace(HEALTHY, socket=Socket.TIMED_OUT), None),
+    (
+        "frozen for 120 s",
+        replace(HEALTHY, progress=stuck(NOW - 120, now=NOW)),
+        Reason.ENGINE_STALLED,
+    ),
+    ("still for 119 s", replace(HEALTHY, progress=stuck(NOW - 119, now=NOW)), None),
+    ("idle for an hour", replace(HEALTHY, progress=stuck(NOW - 3600, now=NOW, running=0)), None),
+    (
+        "frozen, but the scrape is old",
+        replace(HEALTHY, progress=stuck(NOW - 300, now=NOW, sampled=NOW - 60)),
+        None,
+    ),
+    (
+        "frozen and times out",
+        replace(HEALTHY, socket=Socket.TIMED_OUT, progress=stuck(NOW - 300, now=NOW)),
+        Reason.ENGINE_STALLED,
+    ),
+    (
+        "long prefill that computes",
+        replace(HEALTHY, progress=stuck(NOW - 300, now=NOW), power_w=64.0),
+        None,
+    ),
+    (
+        "frozen at idle power",
+        replace(HEALTHY, progress=stuck(NOW - 300, now=NOW), power_w=22.0),
+        Reason.ENGINE_STALLED,
+    ),
+    ("nothing scraped yet", replace(HEALTHY, progress=None), None),
+]
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"), [row[1:] for row in LIVENESS], ids=[row[0] for row in LIVENESS]
+)
+def test_liveness(seen: Observation, expected: Reason | None) -> None:
+    """Only a gone process, a refusing socket or a frozen counter is a reason to restart."""
+    assert liveness(seen, RULES) is expected
+
+
+@given(st.floats(0, 1e6), st.sampled_from(list(Socket)), st.booleans())
+def test_moving_engine_is_never_restarted(now: float, socket: Socket, ready: bool) -> None:
+    """Whatever else is seen, an engine whose counter just moved is left alone unless it refuses."""
+    seen = Observation(now, was_ready=ready, socket=socket, progress=stuck(now, now=now))
+    refused = ready and socket is Socket.REFUSED
+    assert liveness(seen, RULES) is (Reason.ENGINE_UNREACHABLE if refused else None)
+
+
+def test_progress_follows_the_counter() -> None:
+    """A moving counter and an idle engine reset the clock; a busy engine that stands still does not."""
+    progress = follow(None, Sample(0, 1, 5))
+    progress = follow(progress, Sample(10, 1, 6))
+    assert progress.moved_at == 10
+    progress = follow(progress, Sample(20, 2, 6))
+    assert progress.moved_at == 10
+    progress = follow(progress, Sample(30, 0, 6))
+    assert progress.moved_at == 30
+    progress = follow(progress, Sample(130, 1, 6))
+    assert progress.moved_at == 130, "it was idle until now"
+
+
+def failures(*reasons: Reason, every: float = 10.0) -> list[Failure]:
+    return [
+        Failure(NOW - every * (len(reasons) - 1 - i), reason) for i, reason in enumerate(reasons)
+    ]
+
+
+X, M = Reason.ENGINE_EXITED, Reason.MEMORY
+RESTARTS = [
+    ("first", failures(X), Action.RESTART, X, 2),
+    ("third", failures(X, X, X), Action.RESTART, X, 0),
+    ("fourth within the window", failures(X, X, X, X), Action.FAIL, Reason.RESTART_BUDGET, 0),
+    ("fourth over hours", failures(X, X, X, X, every=1000), Action.RESTART, X, 1),
+    ("memory goes through the gate", failures(M), Action.RESTART_WHEN_MEMORY, M, 2),
+    ("memory twice", failures(M, M), Action.FAIL, M, 1),
+    ("memory twice, hours apart", failures(M, M, every=7200), Action.RESTART_WHEN_MEMORY, M, 2),
+    ("bad flags", failures(Reason.BAD_PROFILE), Action.FAIL, Reason.BAD_PROFILE, 2),
+    ("does not fit", failures(Reason.DOES_NOT_FIT), Action.FAIL, Reason.DOES_NOT_FIT, 2),
+    ("wrong tokens", failures(Reason.CANARY), Action.FAIL, Reason.CANARY, 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("history", "action", "reason", "left"),
+    [row[1:] for row in RESTARTS],
+    ids=[row[0] for row in RESTARTS],
+)
+def test_restart(history: list[Failure], action: Action, reason: Reason, left: int) -> None:
+    """Crashes are restarted within the budget; what a restart cannot cure is not tried again."""
+    verdict = after_failure(history, NOW, RULES)
+    assert (verdict.action, verdict.reason, verdict.left) == (action, reason, left)
+    assert bool(verdict.hint) == (action is Action.FAIL), (
+        "a person is told what to do, and only then"
+    )
+
+
+@given(st.lists(st.sampled_from(list(Reason)), min_size=1, max_size=12))
+def test_budget_is_never_exceeded(reasons: list[Reason]) -> None:
+    """However engines die, no more than the budget's restarts happen within the window."""
+    history: list[Failure] = []
+    restarts = 0
+    for index, reason in enumerate(reasons):
+        history.append(Failure(float(index), reason))
+        if after_failure(history, float(index), RULES).action is Action.FAIL:
+            break
+        restarts += 1
+    assert restarts <= RULES.restart_budget
+
+
+def test_delay_grows() -> None:
+    """Each restart waits longer than the one before."""
+    delays = [after_failure(failures(*[X] * count), NOW, RULES).delay_s for count in (1, 2, 3)]
+    assert delays == sorted(set(delays))
+
+
+CAUSES = [
+    ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate", Reason.MEMORY),
+    (
+        "ValueError: Free memory on device cuda:0 (40/121 GiB) on startup is less than desired",
+        Reason.MEMORY,
+    ),
+    (
+        "To serve at least one request, 4.0 GiB KV cache is needed, which is larger than",
+        Reason.DOES_NOT_FIT,
+    ),
+    ("vllm serve: error: unrecognized arguments: --modle", Reason.BAD_PROFILE),
+    ("ValueError: Unknown vLLM environment variable detected: VLLM_X", Reason.BAD_PROFILE),
+    ("safetensors_rust.SafetensorError: Error while deserializing header", Reason.MODEL_CORRUPT),
+    ("ModuleNotFoundError: No module named 'vllm'", Reason.ENGINE_MISSING),
+    ("NVRM: NV_ERR_NO_MEMORY logged by good starts too", Reason.ENGINE_EXITED),
+    ("Segmentation fault", Reason.ENGINE_EXITED),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), CAUSES)
+def test_exit_cause(line: str, reason: Reason) -> None:
+    """The engine's last lines name the cause of its end."""
+    assert exit_cause(["starting", line, "bye"], killed_by_guard=False) is reason
+
+
+def test_guard_kill_is_a_memory_death() -> None:
+    """A kill by the guard is a memory death, whatever the log says."""
+    assert exit_cause(["Segmentation fault"], killed_by_guard=True) is Reason.MEMORY
+
+
+READY = ReadyFacts(
+    engine_up=True,
+    canary_manifest="abc",
+    manifest="abc",
+    heartbeat_age_s=1.0,
+    memory_ok=True,
+    draining=False,
+)
+UNREADY = [
+    (replace(READY, engine_up=False), "engine"),
+    (replace(READY, canary_manifest="another build"), "canary"),
+    (replace(READY, canary_manifest="", manifest=""), "canary"),
+    (replace(READY, heartbeat_age_s=None), "heartbeat"),
+    (replace(READY, heartbeat_age_s=121.0), "heartbeat"),
+    (replace(READY, memory_ok=False), "memory"),
+    (replace(READY, draining=True), "admitting"),
+    (replace(READY, peers_missing=("spark-2",)), "peers"),
+]
+
+
+@pytest.mark.parametrize(("facts", "failing"), UNREADY)
+def test_each_check_alone_makes_unready(facts: ReadyFacts, failing: str) -> None:
+    """Readiness names the one check that fails."""
+    assert [check.name for check in readiness(facts, RULES) if not check.ok] == [failing]
+
+
+def test_ready() -> None:
+    """With every check passed there is nothing left to name."""
+    assert all(check.ok for check in readiness(READY, RULES))
