@@ -53,6 +53,14 @@ def own(text: str | None = None, mounts: tuple[Path, ...] = _MOUNTS) -> Path | N
     return None
 
 
+def current() -> Subtree | None:
+    """The subtree that :func:`divide` made, for a process in its ``controller``; None elsewhere."""
+    folder = own()
+    if folder is None or folder.name != "controller" or not _delegated(folder.parent):
+        return None
+    return Subtree(folder.parent)
+
+
 def divide() -> Subtree | None:
     """Divide this process's cgroup and move into its ``controller``; None unless systemd delegated it.
 

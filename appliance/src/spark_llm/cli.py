@@ -76,12 +76,17 @@ def serve(
     """Serve a model until stopped."""
     gateway = {"host": host, "port": port, "insecure": insecure or None}
     settings, folders = _load(config, {"profile": profile, "gateway": gateway})
-    from spark_llm import logs, service
+    from spark_llm import logs, sandbox, service
     from spark_llm.profile import load_profile
 
     logs.configure(settings.log.level)
+    sandbox.refuse_new_code()
     chosen = load_profile(settings.profile, folders.profiles)
-    raise typer.Exit(service.serve(settings, chosen, folders))
+
+    def reread() -> "Settings":
+        return _load(config, {"profile": profile, "gateway": gateway})[0]
+
+    raise typer.Exit(service.serve(settings, chosen, folders, reread))
 
 
 @app.command()

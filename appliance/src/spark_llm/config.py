@@ -50,6 +50,9 @@ class Gateway(_Section):
         max_running: requests handed to the engine at once.
         max_queue: requests that wait for one of those places; one more is answered 429.
         queue_timeout_s: longest wait for a place, in seconds.
+        tls_certificate: PEM file with the certificate and its chain; empty takes the systemd credential
+            ``tls-certificate``, and without one the gateway speaks plain HTTP.
+        tls_key: PEM file with its key, without a passphrase; empty takes the systemd credential ``tls-key``.
     """
 
     host: str = "127.0.0.1"
@@ -61,6 +64,8 @@ class Gateway(_Section):
     max_running: Annotated[int, Field(ge=1)] = 256
     max_queue: Annotated[int, Field(ge=0)] = 256
     queue_timeout_s: Seconds = 60.0
+    tls_certificate: str = ""
+    tls_key: str = ""
 
 
 class Engine(_Section):

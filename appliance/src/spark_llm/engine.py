@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from spark_llm import launch
+from spark_llm import cgroup, launch
 from spark_llm.argv import Argv
 from spark_llm.errors import RefusedError
 from spark_llm.reason import Reason
@@ -38,21 +38,35 @@ class EngineProcess:
         exited: set once every process of the group is gone.
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]", on_line: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        process: "subprocess.Popen[bytes]",
+        on_line: Callable[[str], None],
+        folder: Path | None = None,
+    ) -> None:
         self.pid = process.pid
         self.tail: deque[str] = deque(maxlen=_TAIL_LINES)
         self.exited = asyncio.Event()
         self.returncode: int | None = None
         self._process = process
         self._on_line = on_line
+        self._cgroup = folder
         self._tasks = (
             asyncio.create_task(self._read(), name="engine-log"),
             asyncio.create_task(self._reap(), name="engine-reaper"),
         )
 
     @classmethod
-    def start(cls, argv: Argv, *, socket: Path, on_line: Callable[[str], None]) -> "EngineProcess":
-        """Start the engine; a socket left by an earlier one is removed, since vLLM would refuse to bind it.
+    def start(
+        cls,
+        argv: Argv,
+        *,
+        socket: Path,
+        on_line: Callable[[str], None],
+    ) -> "EngineProcess":
+        """Start the engine, in its own cgroup where systemd delegated one.
+
+        A socket left by an earlier engine is removed, since vLLM would refuse to bind it.
 
         Raises:
             RefusedError: the program is not there.
@@ -66,8 +80,17 @@ class EngineProcess:
             )
         socket.unlink(missing_ok=True)
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        tree = cgroup.current()
+        folder = tree.engine if tree else None
         process = subprocess.Popen(  # noqa: S603  the arguments are ours
-            [sys.executable, "-IS", launch.__file__, str(os.getpid()), *argv.args],
+            [
+                sys.executable,
+                "-IS",
+                launch.__file__,
+                str(os.getpid()),
+                str(folder or ""),
+                *argv.args,
+            ],
             env=argv.environment,
             cwd=argv.environment["HOME"],
             stdin=subprocess.DEVNULL,
@@ -75,7 +98,7 @@ class EngineProcess:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        return cls(process, on_line)
+        return cls(process, on_line, folder)
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, wait ``grace_s`` seconds for the whole group, then SIGKILL; returns when it is empty."""
@@ -89,6 +112,8 @@ class EngineProcess:
     async def kill(self) -> None:
         """SIGKILL to every process of the group; returns when it is empty."""
         self._signal(signal.SIGKILL)
+        if self._cgroup is not None:
+            cgroup.kill(self._cgroup)
         await self.exited.wait()
 
     def vitals(self) -> Vitals:
@@ -135,7 +160,9 @@ class EngineProcess:
         self.returncode = self._process.wait()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        while _group_lives(self.pid):  # noqa: ASYNC110  no event tells that a group became empty
+        if self._cgroup is not None:  # those that left the group, too
+            cgroup.kill(self._cgroup)
+        while _group_lives(self.pid) or (self._cgroup and cgroup.populated(self._cgroup)):  # noqa: ASYNC110  no event tells that a group became empty
             await asyncio.sleep(_REAP_INTERVAL_S)
         await asyncio.wait({self._tasks[0]}, timeout=1.0)  # the last lines say why it died
         self.exited.set()

@@ -30,14 +30,18 @@ class _Plain(logging.Formatter):
         return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
 
 
-def configure(level: str, fields: Fields = dict) -> None:
-    """Send log lines to standard error: times and colours on a terminal, fields in the journal, plain otherwise.
+_fields: Fields = dict
 
-    Args:
-        level: least severe line that is written.
-        fields: what each line carries in the journal, by lower-case name: ``reason`` becomes ``SPARK_LLM_REASON``.
-    """
-    logging.basicConfig(level=level.upper(), handlers=[_handler(fields)], force=True)
+
+def configure(level: str) -> None:
+    """Send log lines to standard error: times and colours on a terminal, fields in the journal, plain otherwise."""
+    logging.basicConfig(level=level.upper(), handlers=[_handler()], force=True)
+
+
+def set_fields(fields: Fields) -> None:
+    """What each line carries in the journal, by lower-case name: ``reason`` becomes ``SPARK_LLM_REASON``."""
+    global _fields  # noqa: PLW0603  as the logging configuration itself, one per process
+    _fields = fields
 
 
 def set_level(level: str) -> None:
@@ -45,14 +49,14 @@ def set_level(level: str) -> None:
     logging.getLogger().setLevel(level.upper())
 
 
-def _handler(fields: Fields) -> logging.Handler:
+def _handler() -> logging.Handler:
     console = Console(stderr=True)
     handler: logging.Handler
     if console.is_terminal:
         handler = RichHandler(
             console=console, show_path=False, show_level=False, markup=False, highlighter=None
         )
-    elif _to_journal(os.environ) and (journal := _journal_handler(fields)) is not None:
+    elif _to_journal(os.environ) and (journal := _journal_handler()) is not None:
         return journal
     else:
         handler = logging.StreamHandler()
@@ -69,7 +73,7 @@ def _to_journal(environ: Mapping[str, str]) -> bool:
     return environ.get("JOURNAL_STREAM") == f"{seen.st_dev}:{seen.st_ino}"
 
 
-def _journal_handler(fields: Fields) -> logging.Handler | None:
+def _journal_handler() -> logging.Handler | None:
     try:
         from systemd import journal  # noqa: PLC0415  an optional extra; only needed here
     except ImportError:  # plain lines on standard error reach the journal too
@@ -78,7 +82,7 @@ def _journal_handler(fields: Fields) -> logging.Handler | None:
     def send(message: str, **given: Any) -> None:  # noqa: ANN401  as the journal's own function
         # The handler passes the whole record; what is not in these two sets is noise, or arguments of a message.
         kept = {name: value for name, value in given.items() if name in _STANDARD}
-        own = {f"{_PREFIX}{name.upper()}": value for name, value in fields().items() if value}
+        own = {f"{_PREFIX}{name.upper()}": value for name, value in _fields().items() if value}
         journal.send(message, SYSLOG_IDENTIFIER=_IDENTIFIER, **kept, **own)
 
     handler: logging.Handler = journal.JournalHandler(sender_function=send)

@@ -14,6 +14,7 @@ from spark_llm.status import State, Status
 
 EXTENSION_S = 30.0
 """How much longer systemd shall wait, said again and again while a drain or a stop goes on, in seconds."""
+TICK_S = 1.0
 _STATUS_LIMIT = 500  # characters: `systemctl status` shows one line
 
 
@@ -57,7 +58,7 @@ class Notifier:
         self._send("STATUS=" + " ".join(text.split())[:_STATUS_LIMIT])
 
     def tick(self, state: State) -> None:
-        """Called by the controller's loop, and by nothing that runs when that loop is stuck.
+        """Called every :data:`TICK_S`, as long as the controller's loop comes round.
 
         Feeds the watchdog three times per interval, and asks for more time while the service drains or stops.
         """

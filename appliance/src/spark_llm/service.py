@@ -3,160 +3,155 @@
 import asyncio
 import contextlib
 import fcntl
-import ipaddress
 import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import uvicorn
 import uvloop
 
-from spark_llm import keys
-from spark_llm.admission import Limits
+from spark_llm import cgroup, keys, logs, notify, reload, sockets, tls
 from spark_llm.config import Settings
-from spark_llm.controller import Controller
-from spark_llm.errors import ConfigError, TryAgainError
+from spark_llm.controller import TICK_LIMIT_S, Controller
+from spark_llm.errors import TryAgainError
 from spark_llm.folders import Folders
 from spark_llm.gateway.app import Gateway
-from spark_llm.gateway.protocol import bounded_protocol
 from spark_llm.gateway.queue import AdmissionQueue
+from spark_llm.notify import Notifier
 from spark_llm.profile import Profile
 from spark_llm.reason import Reason
+from spark_llm.server import Server
 from spark_llm.status import TERMINAL
-
-_BACKLOG = 2048
-_CLOSE_TIMEOUT_S = 2
-"""Time that idle connections and event streams have after the engine is gone, in seconds."""
 
 log = logging.getLogger("spark_llm")
 
 
-def serve(settings: Settings, profile: Profile, folders: Folders) -> int:
+@dataclass(frozen=True)
+class _Door:
+    """What is listened on.
+
+    Attributes:
+        listeners: the sockets.
+        held: systemd keeps them open when this process ends.
+        hosts: their addresses.
+        accepted: API keys.
+    """
+
+    listeners: tuple[socket.socket, ...]
+    held: bool
+    hosts: tuple[str, ...]
+    accepted: tuple[keys.Key, ...]
+
+
+def serve(
+    settings: Settings,
+    profile: Profile,
+    folders: Folders,
+    reread: Callable[[], Settings] | None = None,
+) -> int:
     """Serve until told to stop; returns the exit code.
+
+    Args:
+        settings: what to run with.
+        profile: what to serve.
+        folders: where things lie.
+        reread: reads the settings again on SIGHUP; None leaves them as they are.
 
     Raises:
         ConfigError: the address cannot be bound, or is open to the network without keys.
         TryAgainError: another instance uses the same folders.
     """
+    notifier = notify.connect()
+    cgroup.divide()
     folders.make()
-    accepted = keys.load(folders.keys)
-    refuse_open_door(settings, accepted)
+    accepted = reload.accepted_keys(folders)
     with (
         _only_instance(folders.runtime / "lock"),
-        bind(settings) as listener,
+        sockets.listening(settings.gateway) as (listeners, held),
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
-        return runner.run(_serve(settings, profile, folders, accepted, listener))
+        hosts = tuple(str(listener.getsockname()[0]) for listener in listeners)
+        reload.refuse_open_door(settings, hosts, accepted)
+        door = _Door(listeners, held, hosts, accepted)
+        return runner.run(
+            _serve(settings, profile, folders, door, notifier, reread or (lambda: settings))
+        )
 
 
-async def _serve(
+async def _serve(  # noqa: PLR0913, PLR0917  the parts a service is made of
     settings: Settings,
     profile: Profile,
     folders: Folders,
-    accepted: tuple[keys.Key, ...],
-    listener: socket.socket,
+    door: _Door,
+    notifier: Notifier,
+    reread: Callable[[], Settings],
 ) -> int:
-    queue = AdmissionQueue(
-        Limits(
-            max_running=settings.gateway.max_running,
-            max_queue=settings.gateway.max_queue,
-            queue_timeout_s=settings.gateway.queue_timeout_s,
-        )
-    )
+    queue = AdmissionQueue(reload.limits(settings))
     controller = Controller(settings, profile, folders, queue)
-    gateway = Gateway(controller, queue, accepted)
-    server = _Server(
-        uvicorn.Config(
-            gateway,
-            http=bounded_protocol(
-                settings.gateway.max_header_bytes, settings.gateway.header_timeout_s
-            ),
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            date_header=False,
-            timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
-        )
-    )
+    logs.set_fields(controller.board.journal_fields)
+    gateway = Gateway(controller, queue, door.accepted)
+    files = tls.files(settings.gateway, os.environ)
+    context = tls.context(files) if files else None
+    server = Server(gateway, settings.gateway, context, notifier.ready)
+    reloader = reload.Reloader(settings, reread, folders, door.hosts, gateway, queue, context)
+
+    def stop() -> None:
+        notifier.stopping()
+        if door.held:  # the next process takes those that come from now on
+            server.stop_accepting()
+        controller.request_stop()
+
+    def take_up() -> None:
+        notifier.reloading()
+        notifier.status(reloader.reload())
+        notifier.ready()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, controller.request_stop)
-    serving = asyncio.create_task(server.serve([listener]))
-    host, port = listener.getsockname()[:2]
-    log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+        loop.add_signal_handler(number, stop)
+    loop.add_signal_handler(signal.SIGHUP, take_up)
+    serving = asyncio.create_task(server.serve(list(door.listeners)))
+    telling = asyncio.gather(_tell(controller, notifier), _feed(controller, notifier))
+    _say_where(door, encrypted=context is not None, settings=settings)
     try:
         await controller.serve()
     finally:
         server.should_exit = True
         await serving
+        telling.cancel()
     return 1 if controller.ended in TERMINAL else 0
 
 
-class _Server(uvicorn.Server):
-    """Leaves signals to us: a drain comes before the server's own stop."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+async def _tell(controller: Controller, notifier: Notifier) -> None:
+    """Keep systemd's status line current."""
+    async for _ in controller.board.bus.follow():
+        notifier.status(notify.status_line(controller.board.now))
 
 
-def refuse_open_door(settings: Settings, accepted: tuple[keys.Key, ...]) -> None:
-    """Raise when the network could come in without a key.
-
-    Raises:
-        ConfigError: not loopback, no keys, not ``insecure``.
-    """
-    if accepted or settings.gateway.insecure or _is_loopback(settings.gateway.host):
-        return
-    raise ConfigError(
-        f"{settings.gateway.host} is reachable from the network and no API key is configured",
-        reason=Reason.INSECURE_BIND,
-        hint="Make one with `spark-llm keys add NAME`, or pass --insecure.",
-    )
+async def _feed(controller: Controller, notifier: Notifier) -> None:
+    """Feed the watchdog as long as the controller's loop comes round."""
+    while True:
+        if controller.tick_age_s() < TICK_LIMIT_S:
+            notifier.tick(controller.board.now.state)
+        await asyncio.sleep(notify.TICK_S)
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-@contextlib.contextmanager
-def bind(settings: Settings) -> Iterator[socket.socket]:
-    """The listening socket.
-
-    Raises:
-        ConfigError: the port is taken or the address is not ours.
-    """
-    host, port = settings.gateway.host, settings.gateway.port
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}: {error.strerror}") from error
-    with listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-            listener.listen(_BACKLOG)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}",
-                reason=Reason.PORT_IN_USE,
-                hint="Stop what uses it (`ss -ltnp` shows it), or set gateway.port or --port.",
-            ) from error
-        listener.setblocking(False)  # noqa: FBT003  the socket API
-        yield listener
+def _say_where(door: _Door, *, encrypted: bool, settings: Settings) -> None:
+    scheme = "https" if encrypted else "http"
+    for listener in door.listeners:
+        host, port = listener.getsockname()[:2]
+        log.info("listening on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
+        if not encrypted and not sockets.is_loopback(host):
+            log.warning("keys and prompts cross the network unencrypted: set gateway.tls_*")
+        if door.held and port != settings.gateway.port:
+            log.warning(
+                "spark-llm.socket decides the port; gateway.port = %d is not used. "
+                "`spark-llm install` brings both together.",
+                settings.gateway.port,
+            )
 
 
 @contextlib.contextmanager

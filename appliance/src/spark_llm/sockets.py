@@ -1,13 +1,71 @@
-"""Listening sockets that systemd opened and passed on (sd_listen_fds(3))."""
+"""The gateway's listening sockets: passed on by systemd (sd_listen_fds(3)), else opened here."""
 
+import contextlib
+import ipaddress
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
+from spark_llm import config
 from spark_llm.errors import ConfigError
+from spark_llm.reason import Reason
 
 NAME = "http"
 """``FileDescriptorName=`` of spark-llm.socket."""
+_BACKLOG = 2048
+
+
+@contextlib.contextmanager
+def listening(gateway: config.Gateway) -> Iterator[tuple[tuple[socket.socket, ...], bool]]:
+    """The sockets to listen on, and whether they outlive this process because systemd holds them.
+
+    Raises:
+        ConfigError: the port is taken, the address is not ours, or systemd passed something else.
+    """
+    with contextlib.ExitStack() as stack:
+        passed = inherited()
+        for listener in passed:
+            stack.enter_context(listener)
+        yield (passed, True) if passed else ((stack.enter_context(bind(gateway)),), False)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach ``host``."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bind(gateway: config.Gateway) -> socket.socket:
+    """Open the configured address and port.
+
+    Raises:
+        ConfigError: the port is taken or the address is not ours.
+    """
+    host, port = gateway.host, gateway.port
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}: {error.strerror}") from error
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host} port {port}: {os.strerror(error.errno or 0)}",
+            reason=Reason.PORT_IN_USE,
+            hint="Stop what uses it (`ss -ltnp` shows it), or set gateway.port or --port.",
+        ) from error
+    listener.setblocking(False)  # noqa: FBT003  the socket API
+    return listener
 
 
 def inherited(environ: Mapping[str, str] = os.environ) -> tuple[socket.socket, ...]:

@@ -50,6 +50,8 @@ class Status:
         model: what it serves.
         run_id: of the engine's current run; empty without one.
         manifest: digest of the exact bits that are served; empty before they are known.
+        proven: digest for which the canary passed; empty if for none.
+        speed: what decoding reached last, e.g. "38.2 tok/s, 71 % of what this memory allows"; empty before.
         engine_pid: process id of the engine; None without one.
         restarts: engine restarts within the budget's window.
         restarts_left: how many the budget still allows.
@@ -68,6 +70,8 @@ class Status:
     model: str = ""
     run_id: str = ""
     manifest: str = ""
+    proven: str = ""
+    speed: str = ""
     engine_pid: int | None = None
     restarts: int = 0
     restarts_left: int = 0
@@ -162,6 +166,17 @@ class StatusBoard:
         self.now = replace(self.now, **more)
         if (self.now.phase, self.now.percent) != before:
             self.bus.publish("phase", **self.brief())
+
+    def journal_fields(self) -> dict[str, str]:
+        """What every log line carries in systemd's journal."""
+        now = self.now
+        return {
+            "state": now.state,
+            "reason": now.reason,
+            "run_id": now.run_id,
+            "manifest": now.manifest,
+            "profile": now.profile,
+        }
 
     def brief(self) -> dict[str, Any]:
         """What an event or a probe says of the status."""
