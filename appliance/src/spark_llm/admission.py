@@ -5,10 +5,13 @@ the longest wait. A client that sends a thousand requests then delays itself, no
 """
 
 from collections import Counter, deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 
 from spark_llm.reason import Reason
+
+_MEASURED = 64
+"""Ended requests that the expected wait is taken from."""
 
 
 @dataclass(frozen=True)
@@ -54,26 +57,6 @@ class Rejected:
     retry_after_s: int
 
 
-@dataclass
-class Rate:
-    """Completions per second over the last ``window_s`` seconds."""
-
-    window_s: float = 60.0
-    _ends: deque[float] = field(default_factory=lambda: deque(maxlen=1024))
-
-    def add(self, now: float) -> None:
-        """One request has ended."""
-        self._ends.append(now)
-
-    def per_second(self, now: float) -> float | None:
-        """None until two requests have ended within the window: one end is no rate."""
-        while self._ends and now - self._ends[0] > self.window_s:
-            self._ends.popleft()
-        if len(self._ends) < 2:  # noqa: PLR2004
-            return None
-        return (len(self._ends) - 1) / max(now - self._ends[0], 1e-3)
-
-
 class Admission:
     """The queue. All times are the caller's monotonic clock, in seconds; nothing here waits.
 
@@ -84,7 +67,8 @@ class Admission:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.closed: Reason | None = None
-        self._rate = Rate()
+        self._durations: deque[float] = deque(maxlen=_MEASURED)
+        self._admitted: dict[Ticket, float] = {}
         self._waiting: dict[str, deque[Ticket]] = {}
         self._running: Counter[str] = Counter()
 
@@ -125,7 +109,7 @@ class Admission:
         self._waiting.setdefault(key, deque()).append(ticket)
         return ticket
 
-    def admit(self) -> list[Ticket]:
+    def admit(self, now: float) -> list[Ticket]:
         """Tickets that may go now; each counts as running until :meth:`release`."""
         admitted = []
         while self.closed is None and self.running < self.limits.max_running:
@@ -133,6 +117,7 @@ class Admission:
             if ticket is None:
                 break
             self._running[ticket.key] += 1
+            self._admitted[ticket] = now
             admitted.append(ticket)
         return admitted
 
@@ -141,7 +126,7 @@ class Admission:
         self._running[ticket.key] -= 1
         if self._running[ticket.key] <= 0:
             del self._running[ticket.key]
-        self._rate.add(now)
+        self._durations.append(now - self._admitted.pop(ticket))
 
     def cancel(self, ticket: Ticket) -> bool:
         """A waiting client has gone. False if it was not waiting any more."""
@@ -178,12 +163,25 @@ class Admission:
         self.closed = None
 
     def expected_wait_s(self, now: float) -> float | None:
-        """Time until a request that comes now would be admitted, in seconds; None if nothing was measured yet."""
+        """Time until a request that comes now would be admitted, in seconds; None if nothing was measured yet.
+
+        By Little's law: with every place taken, one comes free each mean duration over places. A count of
+        completions would do only under full load; at light load it measures how few came, not how fast they went.
+        """
         ahead = self.running + self.waiting + 1 - self.limits.max_running
         if ahead <= 0:
             return 0.0
-        rate = self._rate.per_second(now)
-        return None if rate is None else ahead / rate
+        durations = [*self._durations, *self._overdue(now)]
+        if not durations:
+            return None
+        return ahead * sum(durations) / len(durations) / self.limits.max_running
+
+    def _overdue(self, now: float) -> list[float]:
+        """Ages of running requests that already last longer than the mean: the engine is getting slower."""
+        if not self._durations:
+            return []
+        mean = sum(self._durations) / len(self._durations)
+        return [age for start in self._admitted.values() if (age := now - start) > mean]
 
     def retry_after_s(self, now: float) -> int:
         """For the ``Retry-After`` header: the expected wait, else the queue's limit, between 1 s and 10 min."""

@@ -97,7 +97,7 @@ class AdmissionQueue:
         now = asyncio.get_running_loop().time()
         for ticket in self._admission.expire(now):
             self._turn_away(ticket, 503, Reason.DEADLINE, self._admission.retry_after_s(now))
-        for ticket in self._admission.admit():
+        for ticket in self._admission.admit(now):
             self._places[ticket].set_result(None)
         if self._admission.running:
             self.idle.clear()

@@ -1,0 +1,248 @@
+"""Who may go next, and what the others are told."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from spark_llm.admission import Admission, Limits, Rejected, Ticket
+from spark_llm.reason import Reason
+
+
+def offer(queue: Admission, key: str, now: float = 0.0, timeout_s: float | None = None) -> Ticket:
+    ticket = queue.offer(key, now, timeout_s)
+    assert isinstance(ticket, Ticket)
+    return ticket
+
+
+def refuse(
+    queue: Admission, key: str, now: float = 0.0, timeout_s: float | None = None
+) -> Rejected:
+    answer = queue.offer(key, now, timeout_s)
+    assert isinstance(answer, Rejected)
+    return answer
+
+
+def test_free_places_are_given_at_once() -> None:
+    """With room at the engine a request goes straight through."""
+    queue = Admission(Limits(max_running=2))
+    ticket = offer(queue, "a")
+    assert queue.admit(0) == [ticket]
+    assert (queue.running, queue.waiting) == (1, 0)
+
+
+def test_order_is_fair_by_key() -> None:
+    """A key that has asked a hundred times waits behind one that asked once."""
+    queue = Admission(Limits(max_running=2))
+    for at in range(100):
+        offer(queue, "greedy", at)
+    late = offer(queue, "modest", 100)
+    first = queue.admit(0)
+    assert [ticket.key for ticket in first] == ["greedy", "modest"]
+    assert first[1] is late
+
+
+def test_equal_keys_go_by_arrival() -> None:
+    """Among keys with as many running requests the longest wait goes first."""
+    queue = Admission(Limits(max_running=1))
+    for at, key in enumerate("abc"):
+        offer(queue, key, at)
+    order = []
+    for at in range(3):
+        (ticket,) = queue.admit(0)
+        order.append(ticket.key)
+        queue.release(ticket, 10 + at)
+    assert order == ["a", "b", "c"]
+
+
+def test_key_has_its_own_limits() -> None:
+    """One key can neither hold all places nor fill the queue."""
+    queue = Admission(Limits(max_running=4, max_running_per_key=1, max_queue_per_key=2))
+    offer(queue, "a")
+    offer(queue, "a")
+    assert refuse(queue, "a").status == 429
+    other = offer(queue, "b")
+    assert {ticket.key for ticket in queue.admit(0)} == {"a", "b"}
+    assert queue.admit(0) == [], "the second of a has to wait for the first"
+    queue.release(other, 1)
+    assert queue.admit(0) == []
+
+
+def test_full_queue_is_refused() -> None:
+    """One more than fits is answered 429, and the queue stays as it was."""
+    queue = Admission(Limits(max_running=1, max_queue=2))
+    for _ in range(3):
+        offer(queue, "a")
+    answer = refuse(queue, "b")
+    assert (answer.status, answer.reason) == (429, Reason.QUEUE_FULL)
+    assert queue.waiting == 3
+
+
+def measured(limits: Limits, duration: float) -> tuple[Admission, float]:
+    """A queue that has seen requests of ``duration`` seconds, one at a time and rarely; and the time."""
+    queue, now = Admission(limits), 0.0
+    for _ in range(10):
+        now += 100
+        offer(queue, "a", now)
+        for ticket in queue.admit(now):
+            queue.release(ticket, now + duration)
+    return queue, now + 100
+
+
+def test_retry_after_comes_from_measured_durations() -> None:
+    """Two places, ten seconds each, four waiting and one that asks: a place for it in 25 s."""
+    queue, now = measured(Limits(max_running=2, max_queue=4), duration=10)
+    for _ in range(6):
+        offer(queue, "a", now)
+    assert len(queue.admit(now)) == 2
+    assert refuse(queue, "b", now).retry_after_s == 25
+
+
+def test_light_load_is_not_a_slow_engine() -> None:
+    """Requests that came rarely do not make the next burst look hopeless."""
+    queue, now = measured(Limits(max_running=1), duration=0.5)
+    for _ in range(20):
+        offer(queue, "a", now)
+        queue.admit(now)
+
+
+def test_slowing_engine_is_noticed_before_anything_ends() -> None:
+    """Requests that already run longer than the mean raise the expected wait."""
+    queue, now = measured(Limits(max_running=1), duration=1)
+    offer(queue, "a", now)
+    queue.admit(now)
+    assert queue.expected_wait_s(now) == 1
+    later = queue.expected_wait_s(now + 23)
+    assert later == 3, "mean of ten times 1 s and once 23 s"
+
+
+def test_vain_wait_is_refused_at_once() -> None:
+    """A client that would time out in the queue is told 503 now, with the time it would have needed."""
+    queue, now = measured(Limits(max_running=1), duration=2)
+    for _ in range(11):
+        offer(queue, "a", now)
+    queue.admit(now)
+    answer = refuse(queue, "b", now, timeout_s=5)
+    assert (answer.status, answer.reason, answer.retry_after_s) == (503, Reason.DEADLINE, 22)
+    assert isinstance(queue.offer("b", now, timeout_s=30), Ticket)
+
+
+def test_unknown_rate_admits() -> None:
+    """Before anything was measured nobody is refused for an expected wait."""
+    queue = Admission(Limits(max_running=1, queue_timeout_s=7))
+    offer(queue, "a")
+    queue.admit(0)
+    offer(queue, "b", timeout_s=0.001)
+    assert queue.retry_after_s(0) == 7, "the queue's own limit stands in for a measurement"
+
+
+def test_waiting_ends_at_the_deadline() -> None:
+    """Late tickets come back for their 503 and no longer count."""
+    queue = Admission(Limits(max_running=1, queue_timeout_s=60))
+    queue.offer("a", 0)
+    queue.admit(0)
+    early, late = offer(queue, "a", 0, timeout_s=5), offer(queue, "b", 0)
+    assert queue.next_deadline() == 5
+    assert queue.expire(4.9) == []
+    assert queue.expire(5) == [early]
+    assert queue.next_deadline() == late.deadline == 60
+    assert queue.waiting == 1
+
+
+def test_closing_turns_the_queue_away() -> None:
+    """Draining answers those that wait, refuses new ones with its reason, and lets running ones end."""
+    queue = Admission(Limits(max_running=1))
+    running = offer(queue, "a")
+    queue.admit(0)
+    waiting = offer(queue, "b")
+    assert queue.close(Reason.DRAINING) == [waiting]
+    answer = refuse(queue, "c")
+    assert (answer.status, answer.reason) == (503, Reason.DRAINING)
+    queue.release(running, 1)
+    assert (queue.running, queue.waiting, queue.admit(0)) == (0, 0, [])
+    queue.open()
+    offer(queue, "c")
+    assert len(queue.admit(0)) == 1
+
+
+def test_gone_client_leaves_the_queue() -> None:
+    """A cancelled ticket is never admitted; cancelling an admitted one changes nothing."""
+    queue = Admission(Limits(max_running=1))
+    first, second = offer(queue, "a"), offer(queue, "a")
+    assert queue.admit(0) == [first]
+    assert not queue.cancel(first)
+    assert queue.cancel(second)
+    queue.release(first, 1)
+    assert queue.admit(0) == []
+
+
+@given(st.lists(st.floats(0, 1e5), max_size=40))
+def test_retry_after_stays_in_bounds(durations: list[float]) -> None:
+    """Whatever was measured, the header is a whole number of seconds from one to six hundred."""
+    queue = Admission(Limits(max_running=1))
+    for duration in durations:
+        offer(queue, "a", 0, timeout_s=1e9)
+        for ticket in queue.admit(0):
+            queue.release(ticket, duration)
+    offer(queue, "a", 0)
+    queue.admit(0)
+    assert 1 <= queue.retry_after_s(0) <= 600
+
+
+class Life(RuleBasedStateMachine):
+    """Any sequence of calls keeps the counts right."""
+
+    @initialize(running=st.integers(1, 4), queue=st.integers(0, 5), per_key=st.integers(0, 3))
+    def start(self, running: int, queue: int, per_key: int) -> None:
+        self.limits = Limits(running, queue, max_running_per_key=per_key, queue_timeout_s=10)
+        self.queue = Admission(self.limits)
+        self.at = 0.0
+        self.inside: list[Ticket] = []
+        self.outside: list[Ticket] = []
+
+    @rule(key=st.sampled_from("abc"), timeout=st.none() | st.floats(0.1, 20))
+    def come(self, key: str, timeout: float | None) -> None:
+        answer = self.queue.offer(key, self.at, timeout)
+        if isinstance(answer, Ticket):
+            self.outside.append(answer)
+        self.take()
+
+    @rule(index=st.integers(0, 20))
+    def end(self, index: int) -> None:
+        if self.inside:
+            self.queue.release(self.inside.pop(index % len(self.inside)), self.at)
+        self.take()
+
+    @rule(index=st.integers(0, 20))
+    def leave(self, index: int) -> None:
+        if self.outside:
+            assert self.queue.cancel(self.outside.pop(index % len(self.outside)))
+        self.take()
+
+    @rule(seconds=st.floats(0.1, 15))
+    def wait(self, seconds: float) -> None:
+        self.at += seconds
+        late = self.queue.expire(self.at)
+        assert all(ticket in self.outside for ticket in late)
+        self.outside = [ticket for ticket in self.outside if ticket not in late]
+        self.take()
+
+    def take(self) -> None:
+        for ticket in self.queue.admit(self.at):
+            self.outside.remove(ticket)
+            self.inside.append(ticket)
+
+    @invariant()
+    def counts(self) -> None:
+        if not hasattr(self, "queue"):
+            return
+        assert self.queue.running == len(self.inside) <= self.limits.max_running
+        assert self.queue.waiting == len(self.outside)
+        per_key = self.limits.max_running_per_key
+        for key in "abc":
+            held = sum(ticket.key == key for ticket in self.inside)
+            assert not per_key or held <= per_key
+        if not per_key and self.outside:
+            assert len(self.inside) == self.limits.max_running, "nobody waits beside a free place"
+
+
+TestLife = Life.TestCase
+TestLife.runTest.__doc__ = "Any sequence of offers, ends, cancels and time keeps limits and counts."
