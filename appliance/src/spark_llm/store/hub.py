@@ -204,6 +204,7 @@ class Hub:
         metadata, headers = self._locate(commit, file.path)
         bar = bar_class(ticker.advance)
         if metadata.xet_file_data is not None and is_xet_available():
+            self._output.send("xet", path=file.path)
             xet_get(
                 incomplete_path=part,
                 xet_file_data=metadata.xet_file_data,

@@ -4,6 +4,7 @@ import errno
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import httpx2
 from huggingface_hub.errors import (
@@ -59,7 +60,9 @@ def describe(error: BaseException, model: str, endpoint: str, *, authenticated: 
             "`spark-llm doctor` says more.",
         )
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.InvalidURL):
-        return Trouble(Reason.NETWORK, f"{endpoint} cannot be reached: {error}", _CHECK_NETWORK, retry=True)
+        return Trouble(
+            Reason.NETWORK, f"{endpoint} cannot be reached: {error}", _CHECK_NETWORK, retry=True
+        )
     if isinstance(error, httpx2.TimeoutException):
         return Trouble(Reason.STALLED, f"{endpoint} went silent", _CHECK_NETWORK, retry=True)
     if isinstance(error, httpx2.HTTPError):
@@ -85,6 +88,15 @@ def _describe_http(  # noqa: PLR0911  one return a cause
     status = error.response.status_code
     accept = f"Accept the licence at {page} with the account of your token"
     missing_token = "" if authenticated else "; then give the token: docs/how-to/models.md"
+    if urlsplit(str(error.response.url))[:2] != urlsplit(page)[:2]:
+        # the CDN: a signed address that ran out during a long transfer answers 403; the next try gets a fresh one
+        return Trouble(
+            Reason.NETWORK,
+            f"the hub's file server answers {status}",
+            _CHECK_NETWORK,
+            retry=True,
+            wait_s=_retry_after(error.response.headers),
+        )
     if isinstance(error, GatedRepoError) or status == httpx2.codes.FORBIDDEN:
         return Trouble(
             Reason.GATED,
@@ -106,7 +118,7 @@ def _describe_http(  # noqa: PLR0911  one return a cause
     if isinstance(error, RepositoryNotFoundError) and not authenticated:
         return Trouble(
             Reason.NOT_FOUND, f"the hub has no public model {model}",
-            f"Check the name. If it is private: {accept}{missing_token}.",
+            "Check the name. If it is private, give the token of an account that may read it: docs/how-to/models.md.",
         )  # fmt: skip
     if status == httpx2.codes.UNAUTHORIZED:
         return Trouble(
@@ -115,6 +127,10 @@ def _describe_http(  # noqa: PLR0911  one return a cause
     if isinstance(error, RepositoryNotFoundError):
         return Trouble(
             Reason.NOT_FOUND, f"the hub has no model {model} for this account", "Check the name."
+        )
+    if status == httpx2.codes.NOT_FOUND:
+        return Trouble(
+            Reason.NOT_FOUND, f"the hub does not know {model} or a file of it", "Check the name."
         )
     wait = _retry_after(error.response.headers)
     return Trouble(

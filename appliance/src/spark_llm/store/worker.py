@@ -75,9 +75,10 @@ def messages(
         last: Message = {"event": "none"}
         for line in _lines(process.stdout.fileno(), stall_timeout_s):
             last = json.loads(line)
-            if last["event"] != "end":
-                yield last
-        if last["event"] != "end" and not (last["event"] == "failed" and not last["path"]):
+            if last["event"] == "end":
+                return
+            yield last
+        if last["event"] != "failed" or last["path"]:
             raise _died(process.wait(), complaints)
     except BrokenPipeError:
         raise _died(process.wait(), complaints) from None
@@ -105,7 +106,9 @@ def _died(status: int, complaints: IO[bytes]) -> SparkLlmError:
 
 def environment(stall_timeout_s: float, *, xet: bool) -> dict[str, str]:
     """The hub process's variables. The library reads them when it is imported."""
-    read_timeout = max(1, min(10, int(stall_timeout_s / 2)))
+    read_timeout = max(
+        1, min(10, int(stall_timeout_s / 3))
+    )  # the library's own retry comes before our kill
     settings = {
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_UPDATE_CHECK": "1",
@@ -139,10 +142,10 @@ def retrying(
     fruitless, tries = 0, 0
     while True:
         failures: list[Message] = []
-        moved = False
-        xet = policy.xet and tries == 0
+        moved = xet = False
         try:
-            for message in attempt(xet):
+            for message in attempt(policy.xet and tries == 0):
+                xet = xet or message["event"] == "xet"
                 moved = moved or message["event"] in ("bytes", "verified")
                 if message["event"] in ("failed", "corrupt"):
                     failures.append(message)
