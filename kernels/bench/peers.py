@@ -6,15 +6,20 @@ wheel). It loads beside torch >= 2.11; nothing else of vLLM is needed.
 
 # ruff: noqa: FBT003, PLR2004, SLF001 - vLLM's operators take their arguments by position, from a namespace called _C
 
+import functools
 import os
 from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
+
+Linear: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 FLOAT4_E2M1F = 562949953487106  # the id of vllm.scalar_type's float4_e2m1f
 MARLIN_LOCKS_PER_SM = 4
 
 
+@functools.cache
 def load_vllm() -> bool:
     """Load the operators. False (and a line on stdout) if the library is not named."""
     path = os.environ.get("SPARK_BENCH_VLLM_LIB")
@@ -44,9 +49,7 @@ def _marlin_scales(scales: torch.Tensor) -> tuple[torch.Tensor, float]:
     return s[:, 1::2].contiguous(), max(factor, 1.0)
 
 
-def marlin_nvfp4(
-    codes: torch.Tensor, scales: torch.Tensor, global_scale: float
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def marlin_nvfp4(codes: torch.Tensor, scales: torch.Tensor, global_scale: float) -> Linear:
     """Return vLLM's Marlin for this weight as a function of x [M, K] bfloat16."""
     n, k = codes.shape[0], codes.shape[1] * 2
     columns = codes.view(torch.int32).t().contiguous()
