@@ -104,7 +104,12 @@ def _files(folder: Path) -> Iterator[Path]:
     """The files vLLM would load: those of the index, if there is one (consolidated copies lie beside them)."""
     index = folder / INDEX
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _damaged(index, "an unreadable index") from error
+        if any(Path(name).name != name for name in names):
+            raise _damaged(index, "it names files elsewhere")
     else:
         names = {path.name for path in folder.glob("*.safetensors")}
     if not names:

@@ -1,0 +1,230 @@
+"""The memory ledger: sums, verdicts and refusals."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from spark_llm.architecture import Architecture, Attention, read_architecture
+from spark_llm.errors import ConfigError
+from spark_llm.ledger import GIB, Ledger, Machine, Model, account, kv_cache_bytes_for
+from spark_llm.profile import Profile, Speculative, load_profile, shipped_folder
+from spark_llm.reason import Reason
+from spark_llm.switches import adjust
+from spark_llm.weights import Part, Weights
+
+DENSE = read_architecture(
+    {
+        "model_type": "qwen3",
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "dtype": "bfloat16",
+    }
+)
+MODEL = Model(DENSE, Weights(((Part.BODY, 16 * GIB), (Part.DRAFT, GIB), (Part.VISION, GIB))))
+SPARK = Machine(int(121.69 * GIB), 118 * GIB, 16 * GIB)
+PROFILE = Profile.model_validate(
+    {
+        "name": "test",
+        "description": "d",
+        "model": "org/name",
+        "context": 32768,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 2048,
+        "kv_cache_bytes": 8 * GIB,
+        "backends": {"attention": "FLASH_ATTN", "linear": "torch"},
+    }
+)
+
+
+def size(ledger: Ledger, name: str) -> int:
+    return {line.name: line.size for line in ledger.lines}.get(name, 0)
+
+
+def test_lines_add_up() -> None:
+    """The need is the sum of the lines, each of which names its source."""
+    ledger = account(PROFILE, SPARK, MODEL)
+    assert ledger.need_bytes == sum(line.size for line in ledger.lines)
+    assert all(line.source for line in ledger.lines)
+    assert size(ledger, "KV cache") == 8 * GIB
+    assert size(ledger, "weights") == pytest.approx(17 * GIB * 1.02, abs=2), "no draft without MTP"
+    assert ledger.fits_now
+
+
+def test_mtp_loads_its_module() -> None:
+    """With the built-in draft its tensors are counted, and its layer gets a cache."""
+    speculative = Speculative(method="mtp", tokens=2)
+    with_mtp = PROFILE.model_copy(update={"speculative": speculative})
+    ledger = account(with_mtp, SPARK, MODEL)
+    assert size(ledger, "weights") == pytest.approx(18 * GIB * 1.02, abs=2)
+    assert ledger.sequences < account(PROFILE, SPARK, MODEL).sequences
+
+
+def test_draft_model_is_a_line_of_its_own() -> None:
+    """A separate draft brings weights and KV layers."""
+    speculative = Speculative(method="eagle3", tokens=2, model="org/draft")
+    profile = PROFILE.model_copy(update={"speculative": speculative})
+    draft = replace(DENSE, layers=((Attention(8, 128, 128), 1),))
+    model = replace(MODEL, draft=draft, draft_weights=Weights(((Part.BODY, GIB),)))
+    assert size(account(profile, SPARK, model), "draft weights") == pytest.approx(1.02 * GIB, abs=2)
+
+
+def test_eager_needs_no_graphs() -> None:
+    """Eager mode captures no CUDA graphs."""
+    eager = account(adjust(PROFILE, debug=True), SPARK, MODEL)
+    assert size(account(PROFILE, SPARK, MODEL), "CUDA graphs") > size(eager, "CUDA graphs") == 0
+
+
+def test_two_nodes_share() -> None:
+    """On two machines each holds half of the weights."""
+    ledger = account(PROFILE.model_copy(update={"nodes": 2}), SPARK, MODEL)
+    assert size(ledger, "weights") == pytest.approx(17 * GIB * 1.02 / 2, abs=2)
+
+
+@pytest.mark.parametrize(
+    ("available", "reserve", "now", "machine"),
+    [(118, 16, True, True), (50, 16, False, True), (118, 90, False, False)],
+)
+def test_verdict(available: int, reserve: int, now: bool, machine: bool) -> None:
+    """What fits an idle machine may not fit now, and what does not fit at all is told apart."""
+    ledger = account(PROFILE, Machine(SPARK.total, available * GIB, reserve * GIB), MODEL)
+    assert (ledger.fits_now, ledger.fits_machine) == (now, machine)
+
+
+@given(st.integers(2048, 40960), st.integers(1, 8))
+def test_cache_for_sequences_holds_them(context: int, sequences: int) -> None:
+    """A cache sized for some sequences holds at least those, and less than one more."""
+    profile = PROFILE.model_copy(update={"context": context})
+    needed = kv_cache_bytes_for(profile, MODEL, sequences)
+    ledger = account(profile.model_copy(update={"kv_cache_bytes": needed}), SPARK, MODEL)
+    assert sequences <= ledger.sequences < sequences + 1
+
+
+def test_longest_context_is_bounded_by_model_and_memory() -> None:
+    """With room to spare the model's own limit counts; on a small machine memory does."""
+    assert account(PROFILE, SPARK, MODEL).longest_context == 40960
+    small = account(PROFILE, Machine(35 * GIB, 35 * GIB, 6 * GIB), MODEL)
+    assert small.longest_context is not None
+    assert 0 < small.longest_context < 40960
+
+
+def test_utilization_is_the_need() -> None:
+    """The engine's own start check asks for what the ledger counted, rounded up to a hundredth."""
+    ledger = account(PROFILE, SPARK, MODEL)
+    share = ledger.need_bytes / SPARK.total
+    assert share <= ledger.gpu_memory_utilization < share + 0.01
+
+
+def test_context_above_the_model() -> None:
+    """A context that the model was not made for is refused with the largest one."""
+    with pytest.raises(ConfigError, match="40960") as caught:
+        account(PROFILE.model_copy(update={"context": 40961}), SPARK, MODEL)
+    assert caught.value.reason is Reason.BAD_PROFILE
+
+
+def test_draft_of_another_tokenizer() -> None:
+    """A draft with another vocabulary is refused by name."""
+    speculative = Speculative(method="draft_model", tokens=2, model="org/draft")
+    profile = PROFILE.model_copy(update={"speculative": speculative})
+    model = replace(MODEL, draft=replace(DENSE, vocabulary=32000), draft_weights=Weights(()))
+    with pytest.raises(ConfigError, match="org/draft has 32000 tokens"):
+        account(profile, SPARK, model)
+
+
+@pytest.mark.parametrize(
+    ("kv", "says"), [(1000, "less than one block"), (GIB, "holds no sequence")]
+)
+def test_cache_too_small(kv: int, says: str) -> None:
+    """A cache below one block, or below one sequence, is refused with what is needed."""
+    with pytest.raises(ConfigError, match=says):
+        account(PROFILE.model_copy(update={"kv_cache_bytes": kv}), SPARK, MODEL)
+
+
+def test_hint_gives_a_context_that_fits() -> None:
+    """The context that the refusal proposes is accepted."""
+    small = PROFILE.model_copy(update={"kv_cache_bytes": GIB})
+    with pytest.raises(ConfigError) as caught:
+        account(small, SPARK, MODEL)
+    proposed = int(caught.value.hint.split("context to ")[1].split()[0])
+    assert account(adjust(small, context=proposed), SPARK, MODEL).sequences >= 1
+
+
+def test_without_files_the_published_size_counts() -> None:
+    """Before the model is there, the profile's own figure is used; without one the answer is an error."""
+    profile = load_profile("qwen3.6-35b-a3b-nvfp4", (shipped_folder(),))
+    ledger = account(profile, SPARK, None)
+    assert size(ledger, "weights") == pytest.approx(23424338320 * 1.02, abs=2)
+    assert ledger.longest_context is None
+    with pytest.raises(ConfigError, match="nothing is known"):
+        account(PROFILE, SPARK, None)
+
+
+KNOWN: dict[str, Architecture] = {
+    # shapes as in the defaults of transformers 5.19.0 for these model types
+    "qwen3-next-80b-a3b-nvfp4": read_architecture(
+        {
+            "model_type": "qwen3_next",
+            "num_hidden_layers": 48,
+            "full_attention_interval": 4,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "head_dim": 256,
+            "hidden_size": 2048,
+            "linear_num_key_heads": 16,
+            "linear_num_value_heads": 32,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_conv_kernel_dim": 4,
+            "num_experts": 512,
+            "num_experts_per_tok": 10,
+            "moe_intermediate_size": 512,
+            "vocab_size": 151936,
+        }
+    ),
+    "gpt-oss-120b": read_architecture(
+        {
+            "model_type": "gpt_oss",
+            "num_hidden_layers": 36,
+            "layer_types": ["sliding_attention", "full_attention"] * 18,
+            "sliding_window": 128,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "hidden_size": 2880,
+            "intermediate_size": 2880,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "vocab_size": 201088,
+        }
+    ),
+    "minimax-m2.7-nvfp4": read_architecture(
+        {
+            "model_type": "minimax_m2",
+            "num_hidden_layers": 62,
+            "num_attention_heads": 48,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "hidden_size": 3072,
+            "intermediate_size": 1536,
+            "num_local_experts": 256,
+            "num_experts_per_tok": 8,
+            "vocab_size": 200064,
+        }
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_shipped_cache_holds_its_context(name: str) -> None:
+    """A shipped profile's KV cache holds at least one sequence of its whole context."""
+    profile = load_profile(name, (shipped_folder(),))
+    model = Model(KNOWN[name], Weights(((Part.BODY, profile.memory.weights_bytes or GIB),)))
+    ledger = account(profile, SPARK, model)
+    assert ledger.sequences >= 1
+    assert ledger.fits_machine
