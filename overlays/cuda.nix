@@ -15,7 +15,12 @@ in
     externals = lib.importJSON ../nix/pins/externals.json;
     wheels = final.sparkLib.wheel.forSystem ../nix/pins/wheels system;
     appliance = final.sparkLib.wheel.forSystem ../nix/pins/appliance system;
-    kept = final.sparkLib.wheel.keep self.pruned.wheels self.wheels;
+    # Named ones are there even if the file lacks them: asking for their wheel then says what to do.
+    kept =
+      lib.genAttrs (self.vllm.required ++ self.vllm.cuda.toolkit) (
+        final.sparkLib.wheel.pick system self.wheels
+      )
+      // final.sparkLib.wheel.keep self.pruned.wheels self.wheels;
     sitePackages = "lib/python${self.vllm.python}/site-packages";
     # Where NixOS has the driver's libraries, and driver-link puts them elsewhere.
     driverLib = "/run/opengl-driver/lib";
@@ -26,7 +31,9 @@ in
   mkPinnedWheel = final.callPackage ../pkgs/wheel { };
 
   # Every pinned distribution by name, pruned ones too: python-env merges the kept ones.
-  pinnedWheels = lib.mapAttrs (name: _: final.mkPinnedWheel { inherit name; }) final.sparkPins.wheels;
+  pinnedWheels = lib.mapAttrs (name: _: final.mkPinnedWheel { inherit name; }) (
+    final.sparkPins.wheels // final.sparkPins.kept
+  );
 
   cuda-toolkit = final.callPackage ../pkgs/cuda-toolkit { };
 

@@ -20,6 +20,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import parse_wheel_filename
@@ -73,7 +74,9 @@ def ranked_tags(python: str, machine: str) -> dict[Tag, int]:
     return {tag: rank for rank, tag in reversed(list(enumerate(tags)))}
 
 
-def best_wheel(wheels: Iterable[tuple[str, str]], ranks: Mapping[Tag, int]) -> tuple[str, str] | None:
+def best_wheel(
+    wheels: Iterable[tuple[str, str]], ranks: Mapping[Tag, int]
+) -> tuple[str, str] | None:
     """Pick, as pip would, the (file name, sha256) with the best-ranked tag; None if none fits."""
     best: tuple[int, str, str] | None = None
     for file, sha256 in wheels:
@@ -84,7 +87,7 @@ def best_wheel(wheels: Iterable[tuple[str, str]], ranks: Mapping[Tag, int]) -> t
     return best[1:] if best else None
 
 
-def closure_of(pylock: Mapping[str, object], python: str, system: str) -> dict[str, Pin]:
+def closure_of(pylock: Mapping[str, Any], python: str, system: str) -> dict[str, Pin]:
     """Turn a PEP 751 lock into pins for `system`.
 
     Raises PinError naming every distribution that has no wheel for the system.
@@ -92,9 +95,7 @@ def closure_of(pylock: Mapping[str, object], python: str, system: str) -> dict[s
     ranks = ranked_tags(python, MACHINES[system])
     pins: dict[str, Pin] = {}
     missing = []
-    packages = pylock["packages"]
-    assert isinstance(packages, list)
-    for package in packages:
+    for package in pylock["packages"]:
         wheels = [(Path(w["url"]).name, w["hashes"]["sha256"]) for w in package.get("wheels", [])]
         picked = best_wheel(wheels, ranks)
         if picked is None:
@@ -181,12 +182,19 @@ def update(root: Path, system: str, *, write: bool) -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 when nothing differs or it was written, 1 on `--check` with a difference."""
     parser = argparse.ArgumentParser(description="Resolve the pinned closures again.")
-    parser.add_argument("--root", type=Path, default=Path.cwd(), help="repository root (default: .)")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 on a difference")
+    parser.add_argument(
+        "--root", type=Path, default=Path.cwd(), help="repository root (default: .)"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 on a difference"
+    )
     arguments = parser.parse_args(argv)
     if not (arguments.root / "nix" / "pins" / "vllm.json").exists():
-        print(f"{arguments.root} has no nix/pins/vllm.json: run this from the repository's root, "
-              "or give --root", file=sys.stderr)
+        print(
+            f"{arguments.root} has no nix/pins/vllm.json: run this from the repository's root, "
+            "or give --root",
+            file=sys.stderr,
+        )
         return 2
     try:
         lines = [

@@ -22,8 +22,8 @@ from typing import Any
 
 def specs(config: Mapping[str, Any]) -> Iterator[Any]:
     """Yield FlashInfer's JitSpec of every module that `config` names."""
-    import torch
-    from flashinfer.aot import gen_fa2
+    import torch  # noqa: PLC0415 - FlashInfer reads its environment at import: see main
+    from flashinfer.aot import gen_fa2  # noqa: PLC0415
 
     attention = config["attention"]
     for query, kv, dim, window in itertools.product(
@@ -68,7 +68,16 @@ def driver_stub(folder: Path) -> None:
     A shared object may leave symbols open, so it needs none.
     """
     compiler = os.environ.get("CXX", "c++")
-    command = [compiler, "-shared", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so", "-x", "c++", "/dev/null"]
+    command = [
+        compiler,
+        "-shared",
+        "-Wl,-soname,libcuda.so.1",
+        "-o",
+        "libcuda.so",
+        "-x",
+        "c++",
+        "/dev/null",
+    ]
     subprocess.run(command, cwd=folder, check=True)
     paths = [str(folder), *filter(None, [os.environ.get("LIBRARY_PATH")])]
     os.environ["LIBRARY_PATH"] = os.pathsep.join(paths)
@@ -86,15 +95,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("set FLASHINFER_CUDA_ARCH_LIST to the one target, such as 12.1a")
 
     with tempfile.TemporaryDirectory() as work:
-        # FlashInfer reads this once, at import.
+        # FlashInfer reads this once, when it is imported: so it is imported late.
         os.environ["FLASHINFER_WORKSPACE_BASE"] = work
         driver_stub(Path(work))
-        from flashinfer.jit import core
-        from flashinfer.version import __version__ as version
+        from flashinfer.jit import core  # noqa: PLC0415
+        from flashinfer.version import __version__ as version  # noqa: PLC0415
 
         chosen = {spec.name: spec for spec in specs(json.loads(arguments.config.read_text()))}
         if unknown := [name for name in arguments.names if name not in chosen]:
-            parser.error(f"no such module: {', '.join(unknown)}. Known: {', '.join(sorted(chosen))}")
+            parser.error(
+                f"no such module: {', '.join(unknown)}. Known: {', '.join(sorted(chosen))}"
+            )
         wanted = [chosen[name] for name in arguments.names or chosen]
         for spec in wanted:
             spec.build_dir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""Merge site-packages trees into one: merge.py DESTINATION SOURCE…
+"""Merge site-packages trees into one.
+
+merge.py DESTINATION SOURCE…
 
 Two sources may carry the same path only with the same content. Anything else stops the merge, because
 then one distribution would run with another's file (as `cuda-python` 12.6 did to `cuda-bindings`).
@@ -12,7 +14,9 @@ import sys
 from pathlib import Path
 
 #: Folders and files at the root of site-packages that wheels leave there by mistake.
-LITTER = frozenset({"benchmarks", "samples", "include", "example.py", "build_backend.py", "build_utils.py"})
+LITTER = frozenset(
+    {"benchmarks", "samples", "include", "example.py", "build_backend.py", "build_utils.py"}
+)
 
 
 class CollisionError(Exception):
@@ -28,13 +32,14 @@ def merge(destination: Path, sources: list[Path]) -> None:
     for source in sources:
         for folder, folders, files in os.walk(source):
             below = Path(folder).relative_to(source)
-            if below == Path():
-                folders[:] = [name for name in folders if name not in LITTER]
-                files = [name for name in files if name not in LITTER]
+            litter = LITTER if below == Path() else frozenset()
+            folders[:] = [name for name in folders if name not in litter]
             (destination / below).mkdir(parents=True, exist_ok=True)
-            for name in files:
+            for name in sorted(set(files) - litter):
                 path = below / name
-                if path in owners and not filecmp.cmp(source / path, destination / path, shallow=False):
+                if path in owners and not filecmp.cmp(
+                    source / path, destination / path, shallow=False
+                ):
                     raise CollisionError(
                         f"{path} differs between {owners[path]} and {source}: their versions do not "
                         "belong together. Constrain one in nix/pins/vllm.json and run "

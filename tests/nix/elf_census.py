@@ -36,8 +36,10 @@ def pins_hash() -> str:
 
 def dynamic(path: Path) -> tuple[list[str], str]:
     """NEEDED names and SONAME of an ELF file; empty when it has no dynamic section."""
-    out = subprocess.run(["readelf", "-dW", str(path)], capture_output=True, text=True, check=True).stdout
-    value = {"NEEDED": [], "SONAME": []}
+    out = subprocess.run(
+        ["readelf", "-dW", str(path)], capture_output=True, text=True, check=True
+    ).stdout
+    value: dict[str, list[str]] = {"NEEDED": [], "SONAME": []}
     for line in out.splitlines():
         for tag, found in value.items():
             if f"({tag})" in line:
@@ -45,9 +47,9 @@ def dynamic(path: Path) -> tuple[list[str], str]:
     return sorted(value["NEEDED"]), "".join(value["SONAME"])
 
 
-def elf_files(wheel: Path) -> dict[str, dict[str, object]]:
+def elf_files(wheel: Path) -> dict[str, dict[str, list[str] | str]]:
     """Each ELF member of a wheel: path -> {"needed": […], "soname": …}."""
-    found = {}
+    found: dict[str, dict[str, list[str] | str]] = {}
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         for member in archive.infolist():
             with archive.open(member) as file:

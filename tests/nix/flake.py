@@ -44,7 +44,7 @@ def copy_tree(destination: Path) -> Path:
 @functools.cache
 def tree() -> Path:
     """One copy of the flake for this process. /tmp is what the chroot sees."""
-    return copy_tree(Path(tempfile.mkdtemp(prefix="spark-llm-flake-", dir="/tmp")))  # noqa: S108
+    return copy_tree(Path(tempfile.mkdtemp(prefix="spark-llm-flake-", dir="/tmp")))
 
 
 def reference(attribute: str, at: Path | None = None) -> list[str]:

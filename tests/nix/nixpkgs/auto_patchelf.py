@@ -12,11 +12,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-INTERPRETER = {"aarch64-linux": "/lib/ld-linux-aarch64.so.1", "x86_64-linux": "/lib64/ld-linux-x86-64.so.2"}
+INTERPRETER = {
+    "aarch64-linux": "/lib/ld-linux-aarch64.so.1",
+    "x86_64-linux": "/lib64/ld-linux-x86-64.so.2",
+}
 MACHINE = {"aarch64-linux": 183, "x86_64-linux": 62}
 GLIBC = frozenset(
-    "libc.so.6 libm.so.6 libdl.so.2 libpthread.so.0 librt.so.1 libutil.so.1 libresolv.so.2 libanl.so.1 "
-    "ld-linux-aarch64.so.1 ld-linux-x86-64.so.2".split()
+    {
+        *("libc.so.6", "libm.so.6", "libdl.so.2", "libpthread.so.0", "librt.so.1", "libutil.so.1"),
+        *("libresolv.so.2", "libanl.so.1", "ld-linux-aarch64.so.1", "ld-linux-x86-64.so.2"),
+    }
 )
 
 
@@ -84,7 +89,9 @@ def main() -> int:
             options += ["--set-interpreter", INTERPRETER[args.system]]
         patchelf(*options, str(path))
     for name, path in missing:
-        print(f"auto-patchelf could not satisfy dependency {name} wanted by {path}", file=sys.stderr)
+        print(
+            f"auto-patchelf could not satisfy dependency {name} wanted by {path}", file=sys.stderr
+        )
     print(f"auto-patchelf: {len(elves)} ELF files, {len(missing)} dependencies missing")
     return 1 if missing else 0
 

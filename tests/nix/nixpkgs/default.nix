@@ -182,7 +182,7 @@ let
         );
       in
       if missing != [ ] then
-        throw "stand-in: no attribute ${toString missing}, which ${toString file} asks for"
+        throw "stand-in: no attribute ${toString missing}, which ${if isFunction file then "a function" else toString file} asks for"
       else
         lib.makeOverridable f (found // overrides);
 

@@ -25,8 +25,10 @@ def fetch(project: str, file: str, sha256: str, destination: Path) -> None:
     session = PipSession(retries=5)
     page = session.get(f"{PyPI.simple_url}/{project.replace('_', '-').lower()}/")
     page.raise_for_status()
-    links = {unescape(m[2]): unescape(m[1]) for m in re.finditer(
-        r'<a\b[^>]*href="([^"#]+)[^>]*>([^<]+)</a>', page.text)}
+    links = {
+        unescape(m[2]): unescape(m[1])
+        for m in re.finditer(r'<a\b[^>]*href="([^"#]+)[^>]*>([^<]+)</a>', page.text)
+    }
     if file not in links:
         sys.exit(f"the index has no {file} of {project}: run `nix run .#update-pins`")
     digest = hashlib.sha256()
@@ -38,9 +40,11 @@ def fetch(project: str, file: str, sha256: str, destination: Path) -> None:
                 out.write(block)
     if digest.hexdigest() != sha256:
         destination.unlink()
-        sys.exit(f"hash mismatch in {file}: the pins say sha256 {sha256}, the index gave "
-                 f"{digest.hexdigest()}. If upstream replaced the file, find out why before "
-                 "running `nix run .#update-pins`.")
+        sys.exit(
+            f"hash mismatch in {file}: the pins say sha256 {sha256}, the index gave "
+            f"{digest.hexdigest()}. If upstream replaced the file, find out why before "
+            "running `nix run .#update-pins`."
+        )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 
-def scalar(value: Any) -> str:
+def scalar(value: object) -> str:
     """One TOML value; JSON's spelling is TOML's for all that is used here."""
     return json.dumps(value)
 
@@ -14,7 +14,9 @@ def scalar(value: Any) -> str:
 def table(value: dict[str, Any], path: tuple[str, ...]) -> list[str]:
     """Lines of one table, its sub-tables after its own keys."""
     lines = [f"[{'.'.join(path)}]"] if path else []
-    lines += [f"{key} = {scalar(item)}" for key, item in value.items() if not isinstance(item, dict)]
+    lines += [
+        f"{key} = {scalar(item)}" for key, item in value.items() if not isinstance(item, dict)
+    ]
     for key, item in value.items():
         if isinstance(item, dict):
             lines += table(item, (*path, key))
