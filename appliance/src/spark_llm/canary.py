@@ -84,13 +84,15 @@ def judge(profile: Profile, asked: Question, status: int, answer: Mapping[str, A
     try:
         choice = answer["choices"][0]
         message = choice["message"]
-    except (KeyError, IndexError, TypeError):
+        finish = choice.get("finish_reason")
+        text = _text(message)
+    except (KeyError, IndexError, TypeError, AttributeError):
         return f"no answer in {json.dumps(answer)[:300]}"
-    if choice.get("finish_reason") not in {"stop", "length", "tool_calls"}:
-        return f"the answer ended with {choice.get('finish_reason')!r}"
+    if finish not in {"stop", "length", "tool_calls"}:
+        return f"the answer ended with {finish!r}"
     if asked.tool:
         return _judge_call(message.get("tool_calls") or [])
-    return _judge_logprobs(choice.get("logprobs")) or _judge_text(profile.canary, _text(message))
+    return _judge_logprobs(choice.get("logprobs")) or _judge_text(profile.canary, text)
 
 
 def _text(message: Mapping[str, Any]) -> str:
@@ -142,5 +144,6 @@ def _judge_call(calls: Sequence[Mapping[str, Any]]) -> str:
         arguments = json.loads(function.get("arguments", ""))
     except ValueError:
         return f"the tool call's arguments are no JSON: {function.get('arguments')!r}"
-    right = function.get("name") == "get_weather" and _CITY in str(arguments.get("city", ""))
+    city = arguments.get("city") if isinstance(arguments, dict) else None
+    right = function.get("name") == "get_weather" and _CITY in str(city)
     return "" if right else f"the wrong call: {function!r}"
