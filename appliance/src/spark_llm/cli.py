@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spark_llm import __version__
+from spark_llm.commands import install
 from spark_llm.errors import SparkLlmError
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="API keys: stored as hashes, shown once.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
+install.register(app)
 
 Config = Annotated[
     Path | None, typer.Option("--config", help="TOML file [default: /etc/spark-llm/config.toml].")

@@ -11,7 +11,7 @@ standard library only, reads /proc/meminfo and PSI four times a second and
 
 It says so in JSON lines on stdout and, for a controller that was restarted meanwhile, in ``--report
 FILE``. It outlives its parent on purpose: the engine must be guarded while the controller restarts.
-It ends when the engine is gone.
+It ends when the engine is gone; with ``--follow``, as a service of its own, it waits for the next one.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 GIB = 2**30
 POLL_S = 0.25
@@ -153,6 +153,11 @@ class Cgroup:
         self._events = os.open(folder / "cgroup.events", os.O_RDONLY)
         self._kill = os.open(folder / "cgroup.kill", os.O_WRONLY)
 
+    def close(self) -> None:
+        """Let go of its files."""
+        os.close(self._events)
+        os.close(self._kill)
+
     def alive(self) -> bool:
         """Whether a process is left in it."""
         try:
@@ -242,6 +247,25 @@ def watch(
         pause()
 
 
+def follow(folder: Path, floors: Floors, meters: Meters, report: Path | None) -> NoReturn:
+    """Guard every engine that comes to live in the cgroup ``folder``; the cgroup may come and go."""
+    from spark_llm import notify  # noqa: PLC0415  only a service needs it
+
+    notifier = notify.connect()
+
+    def pause() -> None:
+        notifier.tick(notify.State.READY)
+        time.sleep(POLL_S)
+
+    notifier.ready()
+    while True:
+        with contextlib.suppress(OSError), contextlib.closing(Cgroup(folder)) as target:
+            for state in watch(target, floors, meters.read, pause):
+                seen = asdict(state.last) if state.last else {}
+                _say({"level": state.level, **seen}, report)
+        pause()
+
+
 def _lock_memory() -> dict[str, bool]:
     """Keep this process resident and last in line for the OOM killer; says what was allowed."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -275,6 +299,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--soft-bytes", type=int, help="default: from the machine's size")
     parser.add_argument("--hard-bytes", type=int, help="default: from the machine's size")
     parser.add_argument("--free-bytes", type=int, help="default: from the machine's size")
+    parser.add_argument("--follow", action="store_true", help="with --cgroup: never end")
     parser.add_argument("--report", type=Path, help="file that holds the last line")
     parser.add_argument("--proc", type=Path, default=Path("/proc"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -293,6 +318,11 @@ def main(argv: list[str] | None = None) -> int:
         hard=default.hard if arguments.hard_bytes is None else arguments.hard_bytes,
         free=default.free if arguments.free_bytes is None else arguments.free_bytes,
     )
+    if arguments.follow:
+        if arguments.cgroup is None:
+            sys.exit("spark_llm.guard: --follow needs --cgroup")
+        _say({"level": "ok", **_lock_memory(), **asdict(floors)}, arguments.report)
+        follow(arguments.cgroup, floors, meters, arguments.report)
     target: Target = (
         Cgroup(arguments.cgroup) if arguments.cgroup else ProcessGroup(arguments.process_group)
     )
