@@ -254,7 +254,7 @@ def follow(folder: Path, floors: Floors, meters: Meters, report: Path | None) ->
     notifier = notify.connect()
 
     def pause() -> None:
-        notifier.tick(notify.State.READY)
+        notifier.tick()
         time.sleep(POLL_S)
 
     notifier.ready()

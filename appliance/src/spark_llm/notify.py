@@ -8,9 +8,12 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 from spark_llm.errors import ConfigError
-from spark_llm.status import State, Status
+
+if TYPE_CHECKING:  # the guard, which is small, sends messages too
+    from spark_llm.status import Status
 
 EXTENSION_S = 30.0
 """How much longer systemd shall wait, said again and again while a drain or a stop goes on, in seconds."""
@@ -57,7 +60,7 @@ class Notifier:
         """What `systemctl status` shows."""
         self._send("STATUS=" + " ".join(text.split())[:_STATUS_LIMIT])
 
-    def tick(self, state: State) -> None:
+    def tick(self, *, ending: bool = False) -> None:
         """Called every :data:`TICK_S`, as long as the controller's loop comes round.
 
         Feeds the watchdog three times per interval, and asks for more time while the service drains or stops.
@@ -66,7 +69,7 @@ class Notifier:
         if self._watchdog_s is not None and now - self._fed_at >= self._watchdog_s / 3:
             self._fed_at = now
             self._send("WATCHDOG=1")
-        if state in {State.DRAINING, State.STOPPING} and now - self._extended_at >= EXTENSION_S / 3:
+        if ending and now - self._extended_at >= EXTENSION_S / 3:
             self._extended_at = now
             self._send(f"EXTEND_TIMEOUT_USEC={int(EXTENSION_S * 1e6)}")
 
@@ -97,10 +100,10 @@ def _watchdog(environ: Mapping[str, str]) -> float | None:
     return int(usec) / 1e6 if usec.isdigit() and int(usec) else None
 
 
-def status_line(now: Status) -> str:
+def status_line(now: "Status") -> str:
     """``STATUS=`` for a moment of the appliance: state, percent, phase, and the reason's code where there is one."""
     words = [now.state.value]
-    if now.state not in {State.READY, State.STOPPED} and now.percent:
+    if now.state not in {"ready", "stopped"} and now.percent:
         words.append(f"{now.percent} %")
     if now.reason != "ok":
         words.append(f"[{now.reason}]")

@@ -19,12 +19,13 @@ from spark_llm.controller import TICK_LIMIT_S, Controller
 from spark_llm.errors import TryAgainError
 from spark_llm.folders import Folders
 from spark_llm.gateway.app import Gateway
-from spark_llm.gateway.queue import AdmissionQueue
 from spark_llm.notify import Notifier
 from spark_llm.profile import Profile
 from spark_llm.reason import Reason
 from spark_llm.server import Server
-from spark_llm.status import TERMINAL
+from spark_llm.status import TERMINAL, State
+
+_ENDING = frozenset({State.DRAINING, State.STOPPING})
 
 log = logging.getLogger("spark_llm")
 
@@ -89,14 +90,13 @@ async def _serve(  # noqa: PLR0913, PLR0917  the parts a service is made of
     notifier: Notifier,
     reread: Callable[[], Settings],
 ) -> int:
-    queue = AdmissionQueue(reload.limits(settings))
-    controller = Controller(settings, profile, folders, queue)
-    logs.set_fields(controller.board.journal_fields)
-    gateway = Gateway(controller, queue, door.accepted)
+    controller = Controller(settings, profile, folders, reload.limits(settings))
+    logs.set_fields(lambda: controller.board.journal_fields())  # noqa: PLW0108  a switch brings a new board
+    gateway = Gateway(controller, door.accepted)
     files = tls.files(settings.gateway, os.environ)
     context = tls.context(files) if files else None
     server = Server(gateway, settings.gateway, context, notifier.ready)
-    reloader = reload.Reloader(settings, reread, folders, door.hosts, gateway, queue, context)
+    reloader = reload.Reloader(settings, reread, folders, door.hosts, gateway, controller, context)
 
     def stop() -> None:
         notifier.stopping()
@@ -135,7 +135,7 @@ async def _feed(controller: Controller, notifier: Notifier) -> None:
     """Feed the watchdog as long as the controller's loop comes round."""
     while True:
         if controller.tick_age_s() < TICK_LIMIT_S:
-            notifier.tick(controller.board.now.state)
+            notifier.tick(ending=controller.board.now.state in _ENDING)
         await asyncio.sleep(notify.TICK_S)
 
 
