@@ -257,13 +257,23 @@ __global__ void __launch_bounds__(32 * max_warps(kGroups), 1) linear(const Linea
     if (before + 1 != unsigned(p.parts)) continue;
     __threadfence();
     if (lane == 0) p.arrivals[strip] = 0;
+    // Lane l adds elements 4l .. 4l + 3 of each group of 8 tokens: one 16-byte load a part, and the loads
+    // of several parts in flight, since this is the kernel's last wait.
     const float* all = p.partial + int64_t(strip) * p.m * kStripRows;
-    for (int i = lane; i < p.m * kStripRows; i += 32) {
-      float sum = 0;
+#pragma unroll
+    for (int t = 0; t < kGroups; ++t) {
+      const int element = 128 * t + 4 * lane, token = element / kStripRows, row = strip * kStripRows + element % kStripRows;
+      if (token >= p.m) break;
+      float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll 8
-      for (int s = 0; s < p.parts; ++s) sum += __ldcg(all + s * part_floats + i);
-      int row = strip * kStripRows + i % kStripRows;
-      if (row < p.shape.n) store(p, i / kStripRows, row, sum);
+      for (int s = 0; s < p.parts; ++s) {
+        const float4 v = __ldcg(reinterpret_cast<const float4*>(all + s * part_floats + element));
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+      }
+      if (row < p.shape.n) store(p, token, row, sum.x);
+      if (row + 1 < p.shape.n) store(p, token, row + 1, sum.y);
+      if (row + 2 < p.shape.n) store(p, token, row + 2, sum.z);
+      if (row + 3 < p.shape.n) store(p, token, row + 3, sum.w);
     }
   }
 }

@@ -1,0 +1,43 @@
+"""What the kernel tests share: the package on the path, and its libraries built for this run."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "kernels" / "src"
+sys.path.insert(0, str(SOURCE))
+
+
+@pytest.fixture(scope="session")
+def nvcc() -> str:
+    """The CUDA compiler; tests that compile for a GPU are skipped without one."""
+    from spark_kernels import build
+
+    try:
+        return build.find_nvcc()
+    except build.BuildError as error:
+        pytest.skip(f"compiles CUDA: {error}")
+
+
+@pytest.fixture(scope="session")
+def host_libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The host encoders, built by the host's C++ compiler."""
+    from spark_kernels import build
+
+    if shutil.which(os.environ.get("CXX") or "c++") is None:
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("lib")
+    for op in build.HOST_OPS:
+        build.compile_host(op, folder / f"{op}_host.so")
+    before = os.environ.get("SPARK_KERNELS_LIB_DIR")
+    os.environ["SPARK_KERNELS_LIB_DIR"] = str(folder)
+    build.load.cache_clear()
+    yield folder
+    build.load.cache_clear()
+    del os.environ["SPARK_KERNELS_LIB_DIR"]
+    if before is not None:
+        os.environ["SPARK_KERNELS_LIB_DIR"] = before
