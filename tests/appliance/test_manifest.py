@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -31,8 +32,9 @@ def test_every_field_counts(manifest: Manifest) -> None:
     """No field can change without changing the digest."""
     for field in fields(manifest):
         value = getattr(manifest, field.name)
-        changed = (*value, "x") if isinstance(value, tuple) else value + "x"
-        assert replace(manifest, **{field.name: changed}).digest != manifest.digest
+        changed: Any = (*value, "x") if isinstance(value, tuple) else value + "x"
+        changes: dict[str, Any] = {field.name: changed}
+        assert replace(manifest, **changes).digest != manifest.digest
 
 
 @given(MANIFESTS)

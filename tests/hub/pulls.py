@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hub.server import LocalHub
 from spark_llm.store import Event, Failure, Note, Progress, Request, Result, Store
+
+from tests.hub.server import LocalHub
 
 WEIGHTS = bytes(range(256)) * 12_000
 """Three megabytes, so three chunks of the transfer."""

@@ -86,6 +86,7 @@ class LocalHub:
         self.seen: list[Seen] = []
         self.released = threading.Event()
         self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._servers = [self._serve(_HubHandler), self._serve(_CdnHandler)]
         self.endpoint, self.cdn = (
             f"http://127.0.0.1:{server.server_address[1]}" for server in self._servers
@@ -142,8 +143,16 @@ class LocalHub:
         )
 
     def log(self, seen: Seen) -> None:
-        with self._lock:
+        with self._changed:
             self.seen.append(seen)
+            self._changed.notify_all()
+
+    def wait_for(self, file: str, timeout_s: float = 20.0) -> None:
+        """Until content of ``file`` is being sent."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: self.downloads(file), timeout_s), (
+                f"nobody asked for {file}"
+            )
 
     def downloads(self, file: str) -> list[Seen]:
         """GET requests that sent content of ``file``."""
@@ -252,31 +261,33 @@ class _Handler(BaseHTTPRequestHandler):
         if self.common_fault(fault):
             return
         size = cached_digests(data)[0]
-        start = 0
+        start, end = 0, size
         asked = self.headers.get("Range", "")
         if asked.startswith("bytes="):
-            start = int(asked.removeprefix("bytes=").split("-")[0])
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            start = int(first)
+            end = min(size, int(last) + 1) if last else size
             if start >= size:
                 self.reply(416, Content_Range=f"bytes */{size}")
                 return
-            headers["Content_Range"] = f"bytes {start}-{size - 1}/{size}"
-        self.send_response(206 if start else 200)
+            headers["Content_Range"] = f"bytes {start}-{end - 1}/{size}"
+        self.send_response(206 if start or end < size else 200)
         for name, value in {
             **headers,
-            "Content_Length": str(size - start),
+            "Content_Length": str(end - start),
             "Accept_Ranges": "bytes",
         }.items():
             self.send_header(name.replace("_", "-"), value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        self.note(file, size - start)
+        self.note(file, end - start)
         self.wfile.flush()
         if isinstance(data, Path):
             with data.open("rb") as stream:
-                self.connection.sendfile(stream, start)
+                self.connection.sendfile(stream, start, end - start)
             return
-        self.send_bytes(data[start:], fault)
+        self.send_bytes(data[start:end], fault)
 
     def send_bytes(self, body: bytes, fault: Fault | None) -> None:
         kind = fault.kind if fault else ""

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hub.pulls import MODEL, Puller
-from hub.server import LocalHub, local_hub
 from spark_llm.store import Request, Store
+
+from tests.hub.pulls import MODEL, Puller
+from tests.hub.server import LocalHub, local_hub
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hub.pulls import FILES, MODEL, WEIGHTS, Puller
 from spark_llm.reason import Reason
+
+from tests.hub.pulls import FILES, MODEL, WEIGHTS, Puller
 
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "faults.md"
 SHARD = "model-00001-of-00002.safetensors"

@@ -8,10 +8,11 @@ import threading
 from pathlib import Path
 
 import pytest
-from hub.pulls import FILES, MODEL, WEIGHTS, Puller
-from hub.server import LocalHub
 from spark_llm.store import Store
 from spark_llm.store.layout import ModelFolder
+
+from tests.hub.pulls import FILES, MODEL, WEIGHTS, Puller
+from tests.hub.server import LocalHub
 
 
 def test_a_pull_brings_every_file_and_verifies_it(pull: Puller) -> None:
@@ -113,8 +114,7 @@ def test_a_second_pull_watches_the_first(pull: Puller) -> None:
     first: list[object] = []
     thread = threading.Thread(target=lambda: first.append(pull().result))
     thread.start()
-    while not pull.hub.downloads("model.safetensors"):
-        threading.Event().wait(0.01)
+    pull.hub.wait_for("model.safetensors")
     second = pull()
     thread.join()
     assert second.result.fetched_bytes == 0

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager  # noqa: TC003  annotates a local
 from pathlib import Path
 
 import pytest
@@ -309,21 +310,21 @@ HOLDERS = st.lists(st.booleans(), min_size=1, max_size=5)
 def test_a_lock_admits_readers_or_one_writer(shared: list[bool]) -> None:
     """In any order of arrival: an exclusive holder is alone, shared ones are together."""
     with tempfile.TemporaryDirectory() as folder:
-        held: list[tuple[Iterator[int] | object, bool]] = []
+        held: list[tuple[AbstractContextManager[int], bool]] = []
         path = Path(folder) / "lock"
-        stack: list[object] = []
         for wants_shared in shared:
-            manager = Lock(path, "thing").hold("test", shared=wants_shared)
+            manager: AbstractContextManager[int] = Lock(path, "thing").hold(
+                "test", shared=wants_shared
+            )
             may = not held or (wants_shared and all(kind for _, kind in held))
             if may:
                 manager.__enter__()
                 held.append((manager, wants_shared))
-                stack.append(manager)
             else:
                 with pytest.raises(BusyError):
                     manager.__enter__()
-        for manager, _ in held:
-            manager.__exit__(None, None, None)  # type: ignore[union-attr]  # context managers
+        for holder, _ in held:
+            holder.__exit__(None, None, None)
         with Lock(path, "thing").hold("test"):
             assert Lock(path, "thing").held() is not None
         assert Lock(path, "thing").held() is None

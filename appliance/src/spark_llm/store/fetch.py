@@ -50,14 +50,17 @@ class Fetch:
     Args:
         request: what to bring.
         emit: takes every event.
+        talk: runs a hub process, see ``worker.messages``.
     """
 
-    def __init__(self, request: Request, emit: Callable[[Event], None]) -> None:
+    def __init__(
+        self, request: Request, emit: Callable[[Event], None], talk: worker.Talk = worker.messages
+    ) -> None:
         self.request = request
         self.folder = ModelFolder(Path(request.root), plan.check_model_name(request.model))
         self._emit = emit
         self._began = time.monotonic()
-        self._hub = Transfer(request, self.folder, self._tell)
+        self._hub = Transfer(request, self.folder, self._tell, talk)
 
     def run(self) -> Result:
         """Bring the model, or find that it is there.

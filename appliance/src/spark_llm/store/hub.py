@@ -262,11 +262,8 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def main() -> int:
-    """Serve one request; 0 if it was answered, 1 after a ``failed`` event without a path."""
-    request = json.loads(sys.stdin.readline())
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    output = Output()
+def serve(request: dict[str, Any], output: Output) -> int:
+    """Answer one request; 0 if it was, 1 after a ``failed`` event without a path."""
     hub_constants.DOWNLOAD_CHUNK_SIZE = _CHUNK
     endpoint = request["endpoint"] or hub_constants.ENDPOINT
     hub = Hub(request["model"], endpoint, None, output)
@@ -286,6 +283,13 @@ def main() -> int:
         return 1
     output.send("end")
     return 0
+
+
+def main() -> int:
+    """Serve the request on standard input."""
+    request = json.loads(sys.stdin.readline())
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    return serve(request, Output())
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class Transfer:
         request: what to bring.
         folder: the model's folder.
         tell: takes every event.
+        talk: runs a hub process, see ``worker.messages``.
 
     Attributes:
         lock_descriptor: the model's write lock, which hub processes hold too.
@@ -31,9 +32,13 @@ class Transfer:
     """
 
     def __init__(
-        self, request: Request, folder: ModelFolder, tell: Callable[[Event], None]
+        self,
+        request: Request,
+        folder: ModelFolder,
+        tell: Callable[[Event], None],
+        talk: worker.Talk,
     ) -> None:
-        self._request, self._folder, self._tell = request, folder, tell
+        self._request, self._folder, self._tell, self._talk = request, folder, tell, talk
         self.lock_descriptor = -1
         self.fetched = 0
 
@@ -124,7 +129,7 @@ class Transfer:
         }
 
         def attempt(xet: bool) -> Iterator[worker.Message]:  # noqa: FBT001  the one thing attempts differ in
-            return worker.messages(
+            return self._talk(
                 {**common, **ask()},
                 stall_timeout_s=self._request.stall_timeout_s,
                 xet=xet,

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from spark_llm.errors import ConfigError, RefusedError, SparkLlmError, TryAgainError
 from spark_llm.reason import Reason
@@ -42,6 +42,14 @@ class RetryPolicy:
     def wait(self, fruitless: int, asked_s: float) -> float:
         """Seconds before the next try, given how many brought nothing and what the hub asked for."""
         return min(max(self.backoff_s * 2.0**fruitless, asked_s), _LONGEST_WAIT_S)
+
+
+class Talk(Protocol):
+    """The signature of ``messages``."""
+
+    def __call__(  # noqa: D102  see the class
+        self, request: Message, *, stall_timeout_s: float, xet: bool, keep_open: int
+    ) -> Iterator[Message]: ...
 
 
 def messages(
