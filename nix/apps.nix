@@ -20,7 +20,7 @@ in
       if [ ! -e ${pkgs.sparkPins.driverLib}/libcuda.so.1 ] && [ -e /proc/driver/nvidia/version ]; then
         echo "The NVIDIA driver is loaded, but Nix programs cannot see its libraries yet. Once per boot:" >&2
         echo "  sudo ${lib.getExe pkgs.driver-link}" >&2
-        echo "or, to have that and the service at every boot: sudo nix run .#install" >&2
+        echo "Or once and for all, with the service: sudo nix run .#install" >&2
         exit 1
       fi
       exec spark-llm serve "$@"
@@ -30,7 +30,7 @@ in
   # Both are subcommands, so that they can be tested and dry-run without Nix.
   install = program "spark-llm-install" "Install the systemd service on DGX OS (as root)" {
     runtimeInputs = [ pkgs.spark-llm ];
-    text = ''exec spark-llm install "$@"'';
+    text = ''exec spark-llm install --package ${pkgs.spark-llm} "$@"'';
   };
 
   uninstall = program "spark-llm-uninstall" "Remove the systemd service; models and configuration stay" {

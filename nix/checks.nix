@@ -15,7 +15,10 @@ let
       {
         nixpkgs.hostPlatform = system;
         boot.loader.grub.enable = false;
-        fileSystems."/".device = "none";
+        fileSystems."/" = {
+          device = "none";
+          fsType = "tmpfs";
+        };
         system.stateVersion = "26.11";
         services.spark-llm = {
           enable = true;

@@ -70,9 +70,11 @@ dockerTools.streamLayeredImage {
       Test = [
         "CMD"
         (lib.getExe spark-llm)
-        "status"
-        "--check"
-        "readyz"
+        # Asks /readyz until it is 200.
+        "wait"
+        "--ready"
+        "--timeout"
+        "5"
       ];
       Interval = 30 * 1000000000;
       Timeout = 10 * 1000000000;

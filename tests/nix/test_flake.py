@@ -153,7 +153,7 @@ def test_image_is_configured() -> None:
     assert config["Cmd"] == ["serve"]
     assert config["User"] == "2000:0"
     assert config["StopSignal"] == "SIGTERM"
-    assert "readyz" in " ".join(config["Healthcheck"]["Test"])
+    assert config["Healthcheck"]["Test"][2:4] == ["wait", "--ready"]
     environment = dict(entry.split("=", 1) for entry in config["Env"])
     assert environment["LD_LIBRARY_PATH"].split(":")[0] == "/run/opengl-driver/lib"
     assert environment["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"

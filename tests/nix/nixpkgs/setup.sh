@@ -69,8 +69,7 @@ cd "$NIX_BUILD_TOP"
 [ -n "${dontInstall-}" ] || { phase installPhase; }
 if [ -z "${dontFixup-}" ]; then
   runHook preFixup
-  # The hooks come first and the attribute last, as with nixpkgs.
-  for entry in "${postFixupHooks[@]}"; do "$entry"; done
-  [ -z "${postFixup-}" ] || eval "$postFixup"
+  # The attribute comes first and the hooks (autoPatchelf) last, as with nixpkgs.
+  runHook postFixup
 fi
 if [ -n "${doInstallCheck-}" ]; then phase installCheckPhase; fi
