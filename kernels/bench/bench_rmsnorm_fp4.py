@@ -4,6 +4,7 @@ Without programmatic dependent launch, which torch.compile's kernels do not use 
 """
 
 import functools
+import operator
 
 import torch
 from run import Case, Provider
@@ -27,9 +28,10 @@ def compiled(
     value = scales.float()
     scaled = groups * torch.where(value == 0, 0.0, global_scale / value)[..., None]
     magnitude = scaled.abs()
-    code = torch.signbit(scaled).to(torch.uint8) << 3
-    for below, middle in enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)):
-        code += ((magnitude >= middle) if below % 2 else (magnitude > middle)).to(torch.uint8)
+    middles = enumerate((0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0))
+    steps = [magnitude >= at if below % 2 else magnitude > at for below, at in middles]
+    code = functools.reduce(operator.add, (step.to(torch.uint8) for step in steps))
+    code = code | torch.signbit(scaled).to(torch.uint8) << 3
     pairs = code.view(x.shape[0], -1, 2)
     return pairs[..., 0] | pairs[..., 1] << 4, scales, v.bfloat16()
 

@@ -1,5 +1,7 @@
 // Compares e2m1.h with NVIDIA's host conversion (cuda_fp4.hpp) on every float.
 //   e2m1_exhaustive sweep     all 2^32 bit patterns, on all cores; prints "patterns mismatches [first]"
+//   e2m1_exhaustive published the same sweep of two converters that were published for GB10, against e2m1.h: for each
+//                             "name mismatches-of-numbers mismatches-of-NaNs"
 //   e2m1_exhaustive bfloat16  NVIDIA's code of each of the 65536 bfloat16 patterns, one byte each
 #include <cuda_fp4.h>
 
@@ -20,43 +22,84 @@ uint32_t nvidia(uint32_t bits) {
   return __nv_cvt_float_to_fp4(value, __NV_E2M1, cudaRoundNearest) & 0xfu;
 }
 
+// dgx-vllm's patch_nvfp4_utils_sw_e2m1.py, from its description: the right thresholds, and the sign bit as it is.
+uint32_t dgx_software_e2m1(uint32_t bits) {
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  return (spark_kernels::e2m1_from_bits(std::min(magnitude, 0x7f800000u)) & 7u) | (bits >> 28 & 8u);
+}
+
+// dgx-vllm's nv_fp4_dummy.h: every threshold rounds up, two are misplaced, and the sign is "less than zero".
+uint32_t dgx_dummy_header(uint32_t bits) {
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u || magnitude == 0) return 0;  // every comparison with a NaN is false; -0 is not below 0
+  const uint32_t code = uint32_t(magnitude >= 0x3e000000u)     // 0.125
+                        + uint32_t(magnitude >= 0x3f400000u)   // 0.75
+                        + uint32_t(magnitude >= 0x3fa00000u)   // 1.25
+                        + uint32_t(magnitude >= 0x3fe00000u)   // 1.75
+                        + uint32_t(magnitude >= 0x40200000u)   // 2.5
+                        + uint32_t(magnitude >= 0x40600000u)   // 3.5
+                        + uint32_t(magnitude >= 0x40900000u);  // 4.5
+  return code | (bits >> 28 & 8u);
+}
+
+using Convert = uint32_t (*)(uint32_t);
+
 struct Result {
-  uint64_t patterns = 0, mismatches = 0, first = ~0ull;
+  uint64_t patterns = 0, numbers = 0, nans = 0, first = ~0ull;
 };
 
-void sweep(uint64_t begin, uint64_t end, Result* out) {
+template <Convert kLeft, Convert kRight>
+void sweep_range(uint64_t begin, uint64_t end, Result* out) {
   Result result;
   for (uint64_t bits = begin; bits < end; ++bits) {
     ++result.patterns;
-    if (spark_kernels::e2m1_from_bits(uint32_t(bits)) == nvidia(uint32_t(bits))) continue;
-    ++result.mismatches;
+    if (kLeft(uint32_t(bits)) == kRight(uint32_t(bits))) continue;
+    ++((bits & 0x7fffffffu) > 0x7f800000u ? result.nans : result.numbers);
     result.first = std::min(result.first, bits);
   }
   *out = result;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
-  if (argc == 2 && !std::strcmp(argv[1], "bfloat16")) {
-    for (uint32_t bits = 0; bits < 65536; ++bits) std::putchar(int(nvidia(bits << 16)));
-    return 0;
-  }
-  if (argc != 2 || std::strcmp(argv[1], "sweep")) return 2;
+template <Convert kLeft, Convert kRight>
+Result sweep() {
   const uint64_t workers = std::max(1u, std::thread::hardware_concurrency());
   std::vector<Result> results(workers);
   std::vector<std::thread> threads;
   for (uint64_t i = 0; i < workers; ++i)
-    threads.emplace_back(sweep, (i << 32) / workers, ((i + 1) << 32) / workers, &results[i]);
+    threads.emplace_back(sweep_range<kLeft, kRight>, (i << 32) / workers, ((i + 1) << 32) / workers, &results[i]);
   Result total;
   for (uint64_t i = 0; i < workers; ++i) {
     threads[i].join();
     total.patterns += results[i].patterns;
-    total.mismatches += results[i].mismatches;
+    total.numbers += results[i].numbers;
+    total.nans += results[i].nans;
     total.first = std::min(total.first, results[i].first);
   }
-  std::printf("%llu %llu", (unsigned long long)total.patterns, (unsigned long long)total.mismatches);
-  if (total.mismatches) std::printf(" 0x%08llx", (unsigned long long)total.first);
+  return total;
+}
+
+void print_published(const char* name, const Result& result) {
+  std::printf("%s %llu %llu\n", name, (unsigned long long)result.numbers, (unsigned long long)result.nans);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const char* mode = argc == 2 ? argv[1] : "";
+  if (!std::strcmp(mode, "bfloat16")) {
+    for (uint32_t bits = 0; bits < 65536; ++bits) std::putchar(int(nvidia(bits << 16)));
+    return 0;
+  }
+  if (!std::strcmp(mode, "published")) {
+    print_published("software_e2m1", sweep<dgx_software_e2m1, spark_kernels::e2m1_from_bits>());
+    print_published("nv_fp4_dummy", sweep<dgx_dummy_header, spark_kernels::e2m1_from_bits>());
+    return 0;
+  }
+  if (std::strcmp(mode, "sweep")) return 2;
+  const Result total = sweep<spark_kernels::e2m1_from_bits, nvidia>();
+  const uint64_t mismatches = total.numbers + total.nans;
+  std::printf("%llu %llu", (unsigned long long)total.patterns, (unsigned long long)mismatches);
+  if (mismatches) std::printf(" 0x%08llx", (unsigned long long)total.first);
   std::printf("\n");
   return 0;
 }

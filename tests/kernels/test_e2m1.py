@@ -58,6 +58,15 @@ def test_rounding_equals_nvidias_on_every_float(exhaustive: Path) -> None:
     assert done.stdout.split() == [str(2**32), "0"]
 
 
+def test_published_converters_differ_where_the_documentation_says(exhaustive: Path) -> None:
+    """Of dgx-vllm's two converters one is wrong for negative NaNs alone, the other for 18.9 million numbers."""
+    done = subprocess.run([exhaustive, "published"], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [
+        "software_e2m1 0 8388607",
+        "nv_fp4_dummy 18874377 16777214",
+    ]
+
+
 def test_numpy_rounding_equals_nvidias_on_every_bfloat16(exhaustive: Path) -> None:
     """The NumPy reference gives NVIDIA's code for each of the 65536 bfloat16 patterns."""
     done = subprocess.run([exhaustive, "bfloat16"], capture_output=True, check=True)

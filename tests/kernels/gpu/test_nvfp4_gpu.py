@@ -54,13 +54,13 @@ def assert_matches(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES + RAGGED, ids=str)
 def test_every_m_matches_float64_and_itself(shape: tuple[int, int], kind: str) -> None:
-    """For M = 1..16 the result is float64's to the last place, and a row's bits do not depend on M."""
+    """For M = 1..32 the result is float64's to the last place, and a row's bits do not depend on M."""
     codes, scales = make(*shape, kind)
     weight, packed = dequantized(codes, scales), api.prepare(codes, scales, GLOBAL_SCALE)
-    x = torch.randn(16, shape[1], device="cuda").bfloat16()
-    alone = torch.cat([api.linear(x[i : i + 1], packed) for i in range(16)])
+    x = torch.randn(32, shape[1], device="cuda").bfloat16()
+    alone = torch.cat([api.linear(x[i : i + 1], packed) for i in range(32)])
     assert_matches(alone, x, weight, GLOBAL_SCALE)
-    for m in range(1, 17):
+    for m in range(1, 33):
         poison = torch.full((m, shape[0]), float("nan"), dtype=x.dtype, device="cuda")
         del poison  # the allocator hands the same memory to the result
         assert torch.equal(api.linear(x[:m], packed), alone[:m]), m
@@ -79,8 +79,8 @@ def test_every_split_of_k_gives_the_same_values(chosen: Plan, dtype: str) -> Non
         codes, scales = make(*shape, "random")
         kind = getattr(torch, dtype)
         packed = api.prepare(codes, scales, 1e-4, kind, launch_plan=chosen)
-        x = torch.randn(16, shape[1], device="cuda").to(kind)
-        for m in (1, 7, 8, 9, 16):
+        x = torch.randn(32, shape[1], device="cuda").to(kind)
+        for m in (1, 7, 8, 9, 16, 17, 32):
             assert_matches(api.linear(x[:m], packed), x[:m], dequantized(codes, scales), 1e-4)
 
 
@@ -115,7 +115,7 @@ def test_nothing_is_written_outside_the_result() -> None:
     packed = api.prepare(codes, scales, 1.0)
     x = torch.randn(m, k, device="cuda").bfloat16()
     guarded = torch.full((n * (m + 4),), 7.0, dtype=torch.bfloat16, device="cuda")
-    partial = torch.empty(packed.grid * packed.packed.shape[2] * 16 * 8, device="cuda")
+    partial = torch.empty(packed.grid * packed.packed.shape[2] * 16 * 8, device="cuda")  # m <= 8
     pointers = (x.data_ptr(), k, packed.packed.data_ptr(), guarded[2 * n :].data_ptr(), 1.0)
     shape = (m, n, k, packed.packed.shape[2], 0, packed.grid, 0)
     code = api._library().sk_nvfp4_gemm(
@@ -132,8 +132,8 @@ def test_nothing_is_written_outside_the_result() -> None:
     assert torch.equal(guarded[2 * n : (2 + m) * n].view(m, n), api.linear(x, packed))
 
 
-@pytest.mark.parametrize("m", [17, 64, 128, 129, 200])
-def test_more_rows_than_sixteen(m: int) -> None:
+@pytest.mark.parametrize("m", [33, 41, 64, 128, 129, 200])
+def test_more_rows_than_one_launch_takes(m: int) -> None:
     """Prefill sizes match float64 too, through several launches or the unpacked panel."""
     codes, scales = make(1000, 2064, "random")
     packed = api.prepare(codes, scales, GLOBAL_SCALE)

@@ -14,10 +14,9 @@ from spark_kernels import build, launch
 from spark_kernels.nvfp4 import packing
 from spark_kernels.nvfp4.tuning_sm121 import Plan, plan
 
-MAX_M = 16
-# Rows up to which several skinny launches (0.56 B a weight each) move fewer bytes than unpacking
-# (0.56 + 2 written + 2 read): 8 launches.
-MAX_SKINNY_M = 8 * MAX_M
+MAX_M = 32  # of one launch
+# Rows up to which several launches (0.56 B a weight each) beat unpacking (0.56 + 2 written + 2 read).
+MAX_SKINNY_M = 4 * MAX_M
 PANEL_BYTES = 64 << 20  # scratch for unpacked rows during prefill
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _BF16_UNSCALE = 2.0**7  # unpacked bf16 weights are the true ones times 2**-7
@@ -133,7 +132,7 @@ def _linear(
             columns = out[:, start : start + part.shape[0]]
             torch.addmm(columns, x, part.t(), beta=0, alpha=alpha, out=columns)
         return out
-    slots = MAX_M if m > MAX_M // 2 else MAX_M // 2
+    slots = next(size for size in (8, 16, MAX_M) if size >= min(m, MAX_M))
     partial = torch.empty(grid * rows * 16 * slots, dtype=torch.float32, device=x.device)
     for start in range(0, m, MAX_M):
         part = x[start : start + MAX_M]
@@ -168,7 +167,7 @@ def _(
 def linear(x: torch.Tensor, weight: Weight, *, pdl: bool = True) -> torch.Tensor:
     """Return ``x @ W.T``: [M, N] of x's type, every product exact, sums in fp32.
 
-    M <= 16 reads the weight once (0.5625 B a weight); up to 128, once for every 16 rows; above, it
+    M <= 32 reads the weight once (0.5625 B a weight); up to 128, once for every 32 rows; above, it
     is unpacked to a scratch of 64 MiB, panel by panel, and multiplied by cuBLAS.
 
     Args:

@@ -1,4 +1,4 @@
-// NVFP4 W4A16 skinny GEMM, M = 1..16: out[M,N] = x[M,K] @ dequant(W[N,K])^T. Byte count, layout and method: README.md.
+// NVFP4 W4A16 skinny GEMM, M = 1..32: out[M,N] = x[M,K] @ dequant(W[N,K])^T. Byte count, layout and method: README.md.
 #include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -118,7 +118,9 @@ struct Shape {
   static constexpr int kStageBytes = Rows * kBlockBytes;
   static constexpr int kRing = kWarps * kStages * kStageBytes;
   static constexpr int kPitch = Rows * 16 + 4;  // 2 * pitch = 8 mod 32: fragment stores hit 32 banks
-  static constexpr int kReduce = kWarps * MTiles * 8 * kPitch * 4;
+  static constexpr int kReduceTiles = MTiles < 2 ? MTiles : 2;  // at a time: 99 KiB have to do
+  static constexpr int kReduceM = kReduceTiles * 8;
+  static constexpr int kReduce = kWarps * kReduceM * kPitch * 4;
   static constexpr int kSmem = kRing + kReduce + kWarps * kStages * 8;
 };
 
@@ -216,15 +218,6 @@ __global__ void __launch_bounds__(kThreads, 1) nvfp4_gemm(const Args args) {
       unit = next;
     }
 
-    float* mine = reduce + warp * MTiles * 8 * S::kPitch;
-#pragma unroll
-    for (int r = 0; r < Rows; ++r)
-#pragma unroll
-      for (int t = 0; t < MTiles; ++t)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          mine[(t * 8 + quad * 2 + i % 2) * S::kPitch + r * 16 + group + (i / 2) * 8] = acc[r][t][i];
-
     // A tile that several thread blocks share is finished by the one with its first K blocks. That one comes to the tile
     // last of all its work and the others begin theirs with it, so their sums are there before it looks.
     const int first_unit = tile * args.kblocks, last_unit = first_unit + args.kblocks - 1;
@@ -235,23 +228,35 @@ __global__ void __launch_bounds__(kThreads, 1) nvfp4_gemm(const Args args) {
       while (load_acquire(args.arrivals + tile) != last - first) __nanosleep(20);
       args.arrivals[tile] = 0;  // ready for the next launch
     }
-    __syncthreads();
 
     constexpr int kTileRows = Rows * 16, kSlot = kTileRows * MTiles * 8;
     typename Num::Type* out = static_cast<typename Num::Type*>(args.out);
-    for (int i = threadIdx.x; i < args.m * kTileRows; i += kThreads) {
-      const int m = i / kTileRows, row = i % kTileRows, n = tile * kTileRows + row;
-      float sum = 0.0f;
+    float* mine = reduce + warp * S::kReduceM * S::kPitch;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) sum += reduce[(w * MTiles * 8 + m) * S::kPitch + row];
-      if (finishes) {
-        for (int c = first + 1; c <= last; ++c) sum += __ldcg(args.partial + int64_t(c) * kSlot + i);
-        if (n < args.n) out[int64_t(m) * args.n + n] = Num::store(sum * args.alpha);
-      } else {
-        __stcg(args.partial + int64_t(blockIdx.x) * kSlot + i, sum);
+    for (int pass = 0; pass < MTiles / S::kReduceTiles; ++pass) {
+#pragma unroll
+      for (int r = 0; r < Rows; ++r)
+#pragma unroll
+        for (int t = 0; t < S::kReduceTiles; ++t)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            mine[(t * 8 + quad * 2 + i % 2) * S::kPitch + r * 16 + group + (i / 2) * 8] = acc[r][pass * S::kReduceTiles + t][i];
+      __syncthreads();
+      const int from = pass * S::kReduceM * kTileRows, to = min(from + S::kReduceM * kTileRows, args.m * kTileRows);
+      for (int i = from + threadIdx.x; i < to; i += kThreads) {
+        const int m = i / kTileRows, row = i % kTileRows, n = tile * kTileRows + row;
+        float sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) sum += reduce[(w * S::kReduceM + m - pass * S::kReduceM) * S::kPitch + row];
+        if (finishes) {
+          for (int c = first + 1; c <= last; ++c) sum += __ldcg(args.partial + int64_t(c) * kSlot + i);
+          if (n < args.n) out[int64_t(m) * args.n + n] = Num::store(sum * args.alpha);
+        } else {
+          __stcg(args.partial + int64_t(blockIdx.x) * kSlot + i, sum);
+        }
       }
+      __syncthreads();
     }
-    __syncthreads();
     if (!finishes && threadIdx.x == 0) {
       __threadfence();
       add_release(args.arrivals + tile);
@@ -266,15 +271,21 @@ cudaError_t launch_shape(Args args, int grid, bool pdl, cudaStream_t stream) {
   return launch_with(pdl, nvfp4_gemm<Num, MTiles, Rows>, dim3(grid), kThreads, S::kSmem, stream, args);
 }
 
-template <class Num>
-cudaError_t dispatch(const Args& args, int rows, int grid, bool pdl, cudaStream_t stream) {
-  const bool wide = args.m > 8;
+template <class Num, int MTiles>
+cudaError_t dispatch_rows(const Args& args, int rows, int grid, bool pdl, cudaStream_t stream) {
   switch (rows) {
-    case 1: return wide ? launch_shape<Num, 2, 1>(args, grid, pdl, stream) : launch_shape<Num, 1, 1>(args, grid, pdl, stream);
-    case 2: return wide ? launch_shape<Num, 2, 2>(args, grid, pdl, stream) : launch_shape<Num, 1, 2>(args, grid, pdl, stream);
-    case 4: return wide ? launch_shape<Num, 2, 4>(args, grid, pdl, stream) : launch_shape<Num, 1, 4>(args, grid, pdl, stream);
+    case 1: return launch_shape<Num, MTiles, 1>(args, grid, pdl, stream);
+    case 2: return launch_shape<Num, MTiles, 2>(args, grid, pdl, stream);
+    case 4: return launch_shape<Num, MTiles, 4>(args, grid, pdl, stream);
     default: return cudaErrorInvalidValue;
   }
+}
+
+template <class Num>
+cudaError_t dispatch(const Args& args, int rows, int grid, bool pdl, cudaStream_t stream) {
+  if (args.m <= 8) return dispatch_rows<Num, 1>(args, rows, grid, pdl, stream);
+  if (args.m <= 16) return dispatch_rows<Num, 2>(args, rows, grid, pdl, stream);
+  return dispatch_rows<Num, 4>(args, rows, grid, pdl, stream);
 }
 
 // One warp a packed 16 x 64 block: a lane's 32 codes are two runs of 16 columns. Prefill only; see README.md.
@@ -321,11 +332,11 @@ extern "C" int sk_nvfp4_unpack(const void* w, void* out, int n, int k, int rows,
   return cudaGetLastError();
 }
 
-// Returns a cudaError_t. `rows` is the row tile in units of 16; `partial` holds grid * rows * 16 * (m > 8 ? 16 : 8)
-// floats; `arrivals` holds one zero a row tile and is zero again afterwards.
+// Returns a cudaError_t. `rows` is the row tile in units of 16; `partial` holds grid * rows * 16 floats
+// for m rounded up to 8, 16 or 32; `arrivals` holds one zero a row tile and is zero again afterwards.
 extern "C" int sk_nvfp4_gemm(const void* x, int ldx, const void* w, void* out, float alpha, void* partial, void* arrivals,
                                 int m, int n, int k, int rows, int fp16, int grid, int pdl, void* stream) {
-  if (m < 1 || m > 16 || n < 1 || k < 16 || k % 16 || grid < 1) return cudaErrorInvalidValue;
+  if (m < 1 || m > 32 || n < 1 || k < 16 || k % 16 || grid < 1) return cudaErrorInvalidValue;
   Args args{x, static_cast<const uint8_t*>(w), out, static_cast<float*>(partial), static_cast<int*>(arrivals), alpha, m, n, k, ldx,
             (n + 16 * rows - 1) / (16 * rows), (k + kBlockK - 1) / kBlockK};
   auto s = static_cast<cudaStream_t>(stream);
