@@ -255,7 +255,7 @@ def _extract(
     expected = {_FOLDER + file.path: file for file in promised.files}
     stamps: dict[str, Stamp] = {}
     with _damaged():
-        for member in tar:
+        while (member := tar.next()) is not None:  # iterating would give bundle.json again
             file = expected.pop(member.name, None)
             content = tar.extractfile(member) if member.isreg() and not member.issparse() else None
             if file is None or content is None or member.size != file.size:
