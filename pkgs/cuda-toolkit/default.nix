@@ -62,10 +62,10 @@ stdenv.mkDerivation (finalAttrs: {
     # the stub. No wheel carries one.
     mkdir -p "$out/lib/stubs"
     ln -s ${sparkPins.driverLib}/libcuda.so.1 "$out/lib/stubs/libcuda.so"
-    # -dlto loads lib64/libnvvm.so beside nvvm/bin.
-    if [ -d "$out/nvvm/lib" ]; then
-      ln -s lib "$out/nvvm/lib64"
-      ln -sf libnvvm.so.4 "$out/nvvm/lib/libnvvm.so"
+    # nvlink loads nvvm/lib64/libnvvm.so for -dlto; the wheel has it elsewhere.
+    if [ -e "$out/lib/libnvvm.so.4" ]; then
+      mkdir -p "$out/nvvm/lib64"
+      ln -s ../../lib/libnvvm.so.4 "$out/nvvm/lib64/libnvvm.so"
     fi
 
     # glibc 2.42 declares rsqrt and rsqrtf noexcept; CUDA 13.0's own declarations then conflict in every
