@@ -118,7 +118,7 @@ def test_shipped_profile_keeps_the_house_rules(name: str) -> None:
     assert profile.status.kind != "measured", "nothing has run on the hardware"
     if profile.engine is Engine.CUDA:
         assert profile.canary.pattern
-        assert profile.memory.minimum_gib in {64, 128}
+        assert profile.memory.minimum_gb in {64, 128}
         assert profile.revision or profile.model.startswith("DevQuasar/"), (
             "no commit is known for it"
         )

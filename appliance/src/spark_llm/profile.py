@@ -115,12 +115,12 @@ class Memory(_Table):
     """What must be known of a model before its files are there.
 
     Attributes:
-        minimum_gib: smallest machine, as sold, that the profile is meant for, in GB per node.
+        minimum_gb: smallest machine, as sold, that the profile is meant for, in GB per node.
         weights_bytes: size of the weights, in bytes; 0 for unknown. Used until the headers themselves can be read.
         weights_source: who says so.
     """
 
-    minimum_gib: Annotated[int, Field(ge=0)] = 0
+    minimum_gb: Annotated[int, Field(ge=0)] = 0
     weights_bytes: Annotated[int, Field(ge=0)] = 0
     weights_source: str = ""
 
