@@ -1,6 +1,9 @@
 """Rules for all tests: a sentence each, a clean environment."""
 
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +27,13 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("SPARK_LLM_") and name != "SPARK_LLM_NO_NSPAWN":
             monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A temporary folder with a short name: the engine's sockets lie below it, and their paths are limited."""
+    with tempfile.TemporaryDirectory(prefix="sl-") as made:
+        yield Path(made)
 
 
 @pytest.fixture

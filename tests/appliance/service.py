@@ -144,8 +144,12 @@ def service(
 
 
 def stub_python(folder: Path) -> Path:
-    """A program to use as ``engine.python``: the stub engine."""
-    script = folder / "stub-python"
+    """A program to use as ``engine.python``: the stub engine, in what looks like an environment with vLLM."""
+    record = folder / "stub/lib/python3.11/site-packages/vllm-0.32.0.dist-info/RECORD"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    record.write_text("")
+    script = folder / "stub/bin/python"
+    script.parent.mkdir(exist_ok=True)
     script.write_text(
         f'#!/bin/sh\nPYTHONPATH={REPOSITORY} exec {sys.executable} {REPOSITORY}/tests/stub_engine.py "$@"\n'
     )

@@ -41,9 +41,9 @@ def _refused(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedP
     )
 
 
-def test_start_serve_stop(tmp_path: Path) -> None:
+def test_start_serve_stop(short_path: Path) -> None:
     """A service becomes ready, answers, and ends with 0 on SIGTERM leaving no process."""
-    with stub_service(tmp_path) as running:
+    with stub_service(short_path) as running:
         running.listening()
         assert running.get("/livez")[0] == 200
         running.wait_state("ready")
@@ -53,12 +53,12 @@ def test_start_serve_stop(tmp_path: Path) -> None:
         assert running.post(CHAT, {"model": "default"})[0] == 200
         assert "vllm:num_requests_running" in running.get("/metrics")[1]
         assert running.stop() == 0
-    _no_process_left(tmp_path)
+    _no_process_left(short_path)
 
 
-def test_events_tell_the_story(tmp_path: Path) -> None:
+def test_events_tell_the_story(short_path: Path) -> None:
     """The event stream shows the states of a start in order and ends with the service."""
-    with stub_service(tmp_path) as running:
+    with stub_service(short_path) as running:
         running.listening()
         states: list[str] = []
 
@@ -87,9 +87,9 @@ def test_events_tell_the_story(tmp_path: Path) -> None:
     ]
 
 
-def test_sigterm_lets_running_requests_finish(tmp_path: Path) -> None:
+def test_sigterm_lets_running_requests_finish(short_path: Path) -> None:
     """SIGTERM refuses new requests and lets a running stream finish; exit 0."""
-    with stub_service(tmp_path) as running:
+    with stub_service(short_path) as running:
         running.listening()
         running.wait_state("ready")
         url = f"http://127.0.0.1:{running.port}{CHAT}"
@@ -105,12 +105,12 @@ def test_sigterm_lets_running_requests_finish(tmp_path: Path) -> None:
             rest = stream.read()
         assert rest.endswith(b"data: [DONE]\n\n")
         assert running.process.wait(30) == 0
-    _no_process_left(tmp_path)
+    _no_process_left(short_path)
 
 
-def test_drain_timeout_cuts_what_is_left(tmp_path: Path) -> None:
+def test_drain_timeout_cuts_what_is_left(short_path: Path) -> None:
     """A stream that outlasts the drain timeout ends with an error event, and the service still ends with 0."""
-    with stub_service(tmp_path, SPARK_LLM_ENGINE__DRAIN_TIMEOUT_S="0.5") as running:
+    with stub_service(short_path, SPARK_LLM_ENGINE__DRAIN_TIMEOUT_S="0.5") as running:
         running.listening()
         running.wait_state("ready")
         url = f"http://127.0.0.1:{running.port}{CHAT}"
@@ -121,12 +121,12 @@ def test_drain_timeout_cuts_what_is_left(tmp_path: Path) -> None:
             rest = stream.read()
         assert b'"code": "draining"' in rest
         assert running.process.wait(30) == 0
-    _no_process_left(tmp_path)
+    _no_process_left(short_path)
 
 
-def test_second_signal_stops_at_once(tmp_path: Path) -> None:
+def test_second_signal_stops_at_once(short_path: Path) -> None:
     """A second Ctrl-C does not wait for requests or for an engine that ignores SIGTERM."""
-    with stub_service(tmp_path, "deaf", SPARK_LLM_ENGINE__DRAIN_TIMEOUT_S="120") as running:
+    with stub_service(short_path, "deaf", SPARK_LLM_ENGINE__DRAIN_TIMEOUT_S="120") as running:
         running.listening()
         running.wait_state("ready")
         url = f"http://127.0.0.1:{running.port}{CHAT}"
@@ -137,21 +137,21 @@ def test_second_signal_stops_at_once(tmp_path: Path) -> None:
             running.wait_state("draining")
             running.process.send_signal(signal.SIGINT)
             assert running.process.wait(15) == 0
-    _no_process_left(tmp_path)
+    _no_process_left(short_path)
 
 
-def test_deaf_engine_is_killed_after_its_grace(tmp_path: Path) -> None:
+def test_deaf_engine_is_killed_after_its_grace(short_path: Path) -> None:
     """An engine that ignores SIGTERM is killed, its children too."""
-    with stub_service(tmp_path, "deaf", SPARK_LLM_ENGINE__STOP_TIMEOUT_S="0.5") as running:
+    with stub_service(short_path, "deaf", SPARK_LLM_ENGINE__STOP_TIMEOUT_S="0.5") as running:
         running.listening()
         running.wait_state("ready")
         assert running.stop(timeout_s=15) == 0
-    _no_process_left(tmp_path)
+    _no_process_left(short_path)
 
 
-def test_killed_controller_leaves_nothing(tmp_path: Path) -> None:
+def test_killed_controller_leaves_nothing(short_path: Path) -> None:
     """SIGKILL of the controller takes the engine with it."""
-    with stub_service(tmp_path) as running:
+    with stub_service(short_path) as running:
         running.listening()
         engine = running.wait_state("ready")["engine_pid"]
         running.process.kill()
@@ -159,9 +159,9 @@ def test_killed_controller_leaves_nothing(tmp_path: Path) -> None:
         wait_for(lambda: not Path(f"/proc/{engine}").exists(), 10, lambda: "the engine lives on")
 
 
-def test_killed_engine_is_restarted(tmp_path: Path) -> None:
+def test_killed_engine_is_restarted(short_path: Path) -> None:
     """SIGKILL of the engine brings a new one, and its orphaned worker is gone first."""
-    with stub_service(tmp_path) as running:
+    with stub_service(short_path) as running:
         running.listening()
         first = running.wait_state("ready")
         os.kill(first["engine_pid"], signal.SIGKILL)
@@ -170,12 +170,12 @@ def test_killed_engine_is_restarted(tmp_path: Path) -> None:
         assert second["engine_pid"] != first["engine_pid"]
         assert (second["restarts"], second["restarts_left"]) == (1, 2)
         assert running.stop() == 0
-    _no_process_left(tmp_path)
+    _no_process_left(short_path)
 
 
-def test_restart_budget_ends_in_failed_with_the_last_lines(tmp_path: Path) -> None:
+def test_restart_budget_ends_in_failed_with_the_last_lines(short_path: Path) -> None:
     """An engine that always dies is restarted within the budget, then it is failed with its last log lines."""
-    with stub_service(tmp_path, "exit-at-load", SPARK_LLM_ENGINE__RESTART_BUDGET="1") as running:
+    with stub_service(short_path, "exit-at-load", SPARK_LLM_ENGINE__RESTART_BUDGET="1") as running:
         running.listening()
         status = running.wait_state("failed")
         assert status["reason"] == "restart_budget"
@@ -185,30 +185,30 @@ def test_restart_budget_ends_in_failed_with_the_last_lines(tmp_path: Path) -> No
         assert running.post(CHAT, {"model": "x"})[1]["error"]["code"] == "restart_budget"
         assert running.get("/livez")[0] == 200
         assert running.stop() == 1
-    _no_process_left(tmp_path)
+    _no_process_left(short_path)
 
 
-def test_crash_with_code_0_is_a_crash(tmp_path: Path) -> None:
+def test_crash_with_code_0_is_a_crash(short_path: Path) -> None:
     """An engine that exits with 0 when its core dies, as vLLM does, is restarted all the same."""
-    with stub_service(tmp_path, "crash-later") as running:
+    with stub_service(short_path, "crash-later") as running:
         running.listening()
         running.wait_log(r"the engine exited with code 0 \(engine_exited\)")
         wait_for(lambda: running.status()["restarts"] >= 1, 10, running.text)
 
 
-def test_hang_during_load_is_noticed(tmp_path: Path) -> None:
+def test_hang_during_load_is_noticed(short_path: Path) -> None:
     """A load that neither logs, computes nor reads is ended as stalled."""
     settings = {"SPARK_LLM_ENGINE__STALL_TIMEOUT_S": "1.5", "SPARK_LLM_ENGINE__RESTART_BUDGET": "0"}
-    with stub_service(tmp_path, "hang-at-load", **settings) as running:
+    with stub_service(short_path, "hang-at-load", **settings) as running:
         running.listening()
         running.wait_state("failed", timeout_s=60)
         assert "(engine_stalled)" in running.text()
-    _no_process_left(tmp_path)
+    _no_process_left(short_path)
 
 
-def test_wrong_canary_is_never_ready(tmp_path: Path) -> None:
+def test_wrong_canary_is_never_ready(short_path: Path) -> None:
     """An engine that answers the canary wrongly does not become ready and is not restarted in a loop."""
-    with stub_service(tmp_path, "wrong-canary") as running:
+    with stub_service(short_path, "wrong-canary") as running:
         running.listening()
         status = running.wait_state("failed")
         assert status["reason"] == "canary"
@@ -216,63 +216,63 @@ def test_wrong_canary_is_never_ready(tmp_path: Path) -> None:
         assert "ready after" not in running.text()
 
 
-def test_frozen_scheduler_is_restarted(tmp_path: Path) -> None:
+def test_frozen_scheduler_is_restarted(short_path: Path) -> None:
     """Requests that run while the iteration counter stands still mean a restart."""
-    with stub_service(tmp_path, "frozen", SPARK_LLM_ENGINE__FREEZE_TIMEOUT_S="1") as running:
+    with stub_service(short_path, "frozen", SPARK_LLM_ENGINE__FREEZE_TIMEOUT_S="1") as running:
         running.listening()
         running.wait_log(r"\(engine_stalled\)")
 
 
-def test_stale_socket_does_not_block_a_start(tmp_path: Path) -> None:
+def test_stale_socket_does_not_block_a_start(short_path: Path) -> None:
     """A socket file left by a killed engine is removed before the next start."""
-    (tmp_path / "run").mkdir()
+    (short_path / "run").mkdir()
     with socket.socket(socket.AF_UNIX) as left:
-        left.bind(str(tmp_path / "run" / "engine.sock"))
-    with stub_service(tmp_path) as running:
+        left.bind(str(short_path / "run" / "stub.sock"))
+    with stub_service(short_path) as running:
         running.listening()
         running.wait_state("ready")
 
 
-def test_second_instance_is_told(tmp_path: Path) -> None:
+def test_second_instance_is_told(short_path: Path) -> None:
     """A second service in the same folders is refused with the first one's process id; exit 75."""
-    with stub_service(tmp_path) as running:
+    with stub_service(short_path) as running:
         running.listening()
-        second = _refused(tmp_path, "--port", "0")
+        second = _refused(short_path, "--port", "0")
         assert second.returncode == 75
         assert str(running.process.pid) in second.stderr
 
 
-def test_port_in_use(tmp_path: Path) -> None:
+def test_port_in_use(short_path: Path) -> None:
     """A taken port is exit 2 with the port and what to do."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        done = _refused(tmp_path, "--port", str(port))
+        done = _refused(short_path, "--port", str(port))
     assert done.returncode == 2
     assert f"port {port}: Address already in use [port_in_use]" in done.stderr
     assert "--port" in done.stderr
 
 
-def test_open_door_is_refused(tmp_path: Path) -> None:
+def test_open_door_is_refused(short_path: Path) -> None:
     """Without keys, an address that the network reaches is exit 2; keys or --insecure allow it."""
-    done = _refused(tmp_path, "--host", "0.0.0.0", "--port", "0")
+    done = _refused(short_path, "--host", "0.0.0.0", "--port", "0")
     assert done.returncode == 2
     assert "[insecure_bind]" in done.stderr
 
 
-def test_socket_path_too_long(tmp_path: Path) -> None:
+def test_socket_path_too_long(short_path: Path) -> None:
     """A runtime folder whose socket path exceeds the kernel's limit is blocked with the numbers."""
-    long = tmp_path / ("x" * SOCKET_PATH_LIMIT)
+    long = short_path / ("x" * SOCKET_PATH_LIMIT)
     long.mkdir()
-    with _stub(tmp_path, SPARK_LLM_PATHS__RUNTIME=str(long)) as running:
+    with _stub(short_path, SPARK_LLM_PATHS__RUNTIME=str(long)) as running:
         running.listening()
         status = running.wait_state("blocked")
         assert status["reason"] == "socket_path_too_long"
         assert "107" in status["message"]
 
 
-def test_engine_missing(tmp_path: Path) -> None:
+def test_engine_missing(short_path: Path) -> None:
     """An interpreter that is not there is blocked with its path."""
-    with _stub(tmp_path, SPARK_LLM_ENGINE__PYTHON="/nonexistent/python") as running:
+    with _stub(short_path, SPARK_LLM_ENGINE__PYTHON="/nonexistent/python") as running:
         running.listening()
         status = running.wait_state("blocked")
         assert status["reason"] == "engine_missing"
@@ -283,22 +283,22 @@ def test_engine_missing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("missing", "reason"), [("", "model_missing"), ("config.json", "model_incomplete")]
 )
-def test_model_missing_or_incomplete(tmp_path: Path, missing: str, reason: str) -> None:
+def test_model_missing_or_incomplete(short_path: Path, missing: str, reason: str) -> None:
     """A model folder that is missing, or lacks a file, is blocked with the name of what is missing."""
     from spark_llm.demo_model import write_demo_model
 
-    model = tmp_path / "model"
+    model = short_path / "model"
     if missing:
         write_demo_model(model)
         (model / missing).unlink()
-    profiles = tmp_path / "profiles"
+    profiles = short_path / "profiles"
     profiles.mkdir()
     text = (
         'description = "d"\nengine = "cpu"\ncontext = 512\nmax_num_seqs = 4\n'
         f'max_num_batched_tokens = 512\nkv_cache_bytes = 1048576\nmodel = "{model}"\n'
     )
     (profiles / "local.toml").write_text(text)
-    with service(tmp_path, "--profile", "local") as running:
+    with service(short_path, "--profile", "local") as running:
         running.listening()
         status = running.wait_state("blocked")
         assert status["reason"] == reason

@@ -1,5 +1,6 @@
 """One real service with a real vLLM for all tests that only ask it things."""
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,9 +22,10 @@ def demo_service(folder: Path, cache: Path, **settings: str) -> Iterator[Service
 
 
 @pytest.fixture(scope="session")
-def engine_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache for all services of the run, so that only the first start is cold."""
-    return tmp_path_factory.mktemp("cache")
+def engine_cache() -> Iterator[Path]:
+    """One cache for all services of the run, so that only the first start is cold; a short name, see ``short_path``."""
+    with tempfile.TemporaryDirectory(prefix="sl-") as made:
+        yield Path(made)
 
 
 @pytest.fixture(scope="session")

@@ -38,9 +38,9 @@ def _stream(running: Service, tokens: int, started: concurrent.futures.Future[No
         return counted
 
 
-def test_drain_under_load(tmp_path: Path, engine_cache: Path) -> None:
+def test_drain_under_load(short_path: Path, engine_cache: Path) -> None:
     """SIGTERM under load: running streams end whole, later requests are 503, exit 0, no process is left."""
-    with demo_service(tmp_path, engine_cache) as running:
+    with demo_service(short_path, engine_cache) as running:
         running.wait_state("ready", timeout_s=START_TIMEOUT_S)
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             started: list[concurrent.futures.Future[None]] = [
@@ -55,14 +55,14 @@ def test_drain_under_load(tmp_path: Path, engine_cache: Path) -> None:
             assert (late[0], late[1]["error"]["code"]) == (503, "draining")
             assert [stream.result(120) for stream in streams] == [1500] * 4
         assert running.process.wait(60) == 0
-    _no_process_left(tmp_path)
+    _no_process_left(short_path)
 
 
 def test_killed_engine_comes_back_and_killed_controller_leaves_nothing(
-    tmp_path: Path, engine_cache: Path
+    short_path: Path, engine_cache: Path
 ) -> None:
     """SIGKILL of the engine: an error to the client, then ready again. SIGKILL of the controller: nothing lives on."""
-    with demo_service(tmp_path, engine_cache) as running:
+    with demo_service(short_path, engine_cache) as running:
         first = running.wait_state("ready", timeout_s=START_TIMEOUT_S)
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             begun: concurrent.futures.Future[None] = concurrent.futures.Future()
@@ -77,4 +77,4 @@ def test_killed_engine_comes_back_and_killed_controller_leaves_nothing(
             assert client.completions.create(model="demo", prompt="the", max_tokens=3).choices
         running.process.kill()
         running.process.wait()
-    _no_process_left(tmp_path)
+    _no_process_left(short_path)

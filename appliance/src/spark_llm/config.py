@@ -177,6 +177,24 @@ class Admission(_Section):
     max_queue_per_key: Annotated[int, Field(ge=0)] = 0
 
 
+class Models(_Section):
+    """Models beside the first one.
+
+    Attributes:
+        on_demand: load a profile when a request asks for its model.
+        max_loaded: engines at once, the first one included; the ledger must allow each.
+        max_waiting: requests that may wait for one model to load; one more is answered 429.
+        ttl_s: unload a model that nobody asked for during this time, in seconds; 0 keeps it.
+        pinned: profiles that are loaded at the start and never unloaded.
+    """
+
+    on_demand: bool = False
+    max_loaded: Annotated[int, Field(ge=1)] = 1
+    max_waiting: Annotated[int, Field(ge=1)] = 32
+    ttl_s: Annotated[float, Field(ge=0)] = 0.0
+    pinned: tuple[str, ...] = ()
+
+
 class Log(_Section):
     """Attributes: level: least severe line that is written."""
 
@@ -198,6 +216,7 @@ class Settings(BaseSettings):
     memory: Memory = Memory()
     admission: Admission = Admission()
     cache: Cache = Cache()
+    models: Models = Models()
     log: Log = Log()
 
 

@@ -1,102 +1,235 @@
-"""The state machine that ties facts, decisions and acts together."""
+"""Which profiles are served: one that ``default`` names, and others beside it while memory allows."""
 
 import asyncio
 import logging
-import os
 import time
-from pathlib import Path
+from dataclasses import replace
 
-from spark_llm import argv, policy
+from spark_llm.admission import Limits
+from spark_llm.argv import served_names
 from spark_llm.config import Settings
-from spark_llm.demo_model import write_demo_model
-from spark_llm.errors import SparkLlmError
+from spark_llm.errors import ConfigError, TryAgainError
 from spark_llm.folders import Folders
 from spark_llm.gateway.queue import AdmissionQueue
 from spark_llm.gateway.reply import Reply
-from spark_llm.gateway.upstream import Upstream
-from spark_llm.model_folder import check_model_folder
-from spark_llm.profile import DEMO_MODEL, Profile
+from spark_llm.keeper import Keeper
+from spark_llm.profile import Profile, load_profile, profile_names
 from spark_llm.reason import Reason
-from spark_llm.run import EngineFailedError, EngineRun
 from spark_llm.status import SERVING, TERMINAL, Bus, State, Status, StatusBoard
 
 _TICK_S = 1.0
 TICK_LIMIT_S = 5.0
 """A controller loop that has not come round for this long is stuck."""
+_UNLOAD_LOOK_S = 5.0
 
 log = logging.getLogger("spark_llm.controller")
 
 
 class Controller:
-    """Keeps one engine serving one profile.
+    """Keeps engines serving profiles.
 
     Attributes:
-        board: the status and its events.
-        run: the engine's current run; None between runs.
+        settings: of the service.
+        primary: serves ``default``; its status is the service's.
+        others: further engines by profile name, loaded on demand.
         ended: the state in which it was told to stop.
     """
 
     def __init__(
-        self, settings: Settings, profile: Profile, folders: Folders, queue: AdmissionQueue
+        self,
+        settings: Settings,
+        profile: Profile,
+        folders: Folders,
+        limits: Limits,
     ) -> None:
         self.settings = settings
-        self.profile = profile
         self.folders = folders
-        self.board = StatusBoard(Bus(), Status(profile=profile.name, model=profile.model))
-        self.run: EngineRun | None = None
+        self.others: dict[str, Keeper] = {}
         self.ended = State.STOPPED
-        self._queue = queue
-        self._failures: list[policy.Failure] = []
+        self._bus = Bus()
+        self._limits = limits
         self._ticked_at = time.monotonic()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
+        self._switching = asyncio.Lock()
+        self._unloading: set[asyncio.Task[None]] = set()
+        self.primary = self._keeper(profile)
+
+    @property
+    def board(self) -> StatusBoard:
+        """The status of the service: the primary's."""
+        return self.primary.board
 
     # what the gateway asks
 
-    def upstream(self) -> Upstream:
-        """The engine, while it is ready.
+    def route(self, model: str) -> Keeper:
+        """Who answers requests for ``model``; the primary for names that nobody else has."""
+        self._refuse_while_stopping()
+        for keeper in self.others.values():
+            if model in keeper.names and model != "default":
+                return keeper
+        return self.primary
+
+    async def load(self, model: str) -> Keeper:
+        """As :meth:`route`, but starts a known profile that is not loaded, where that is allowed.
 
         Raises:
-            Reply: 503 with the phase otherwise.
+            Reply: 503 when it did not become ready, 429 when too many wait for it.
         """
-        now = self.board.now
-        if now.state in SERVING and self.run is not None:
-            return self.run.upstream
-        if now.state in {State.DRAINING, State.STOPPING, State.STOPPED}:
-            raise Reply(503, Reason.DRAINING, "the service stops", retry_after_s=10)
-        detail = now.message or now.phase
-        raise Reply(
-            503,
-            Reason.NOT_READY if now.state not in TERMINAL else now.reason,
-            f"not ready: {now.state}" + (f", {detail}" if detail else ""),
-            retry_after_s=self.retry_after_s(),
-        )
+        keeper = self.route(model)
+        if not self.settings.models.on_demand or model in keeper.names:
+            return keeper
+        profile = self._profile_named(model)
+        if profile is None:
+            return keeper
+        return await self._load_beside(profile)
 
-    def retry_after_s(self) -> int:
-        """When asking again is worth it, in seconds."""
-        now = self.board.now
-        if now.state in TERMINAL:
-            return 60
-        return max(1, min(60, round(now.eta_s))) if now.eta_s is not None else 5
+    def keepers(self) -> list[Keeper]:
+        """All of them, the primary first."""
+        return [self.primary, *self.others.values()]
 
     def tick_age_s(self) -> float:
-        """Time since the controller's loop last came round, in seconds."""
+        """Time since a loop last came round, in seconds."""
         return time.monotonic() - self._ticked_at
 
-    def checks(self) -> tuple[policy.Check, ...]:
-        """The named conditions of readiness."""
-        now = self.board.now
-        proven = now.manifest if now.state in SERVING else ""
-        progress = self.run.progress if self.run else None
-        facts = policy.ReadyFacts(
-            engine_up=self.run is not None and self.run.alive and now.state in SERVING,
-            canary_manifest=proven,
-            manifest=now.manifest,
-            heartbeat_age_s=time.monotonic() - progress.sample.at if progress else None,
-            memory_ok=now.reason is not Reason.MEMORY,
-            draining=now.state in {State.DRAINING, State.STOPPING},
-        )
-        return policy.readiness(facts, self._rules())
+    def set_limits(self, limits: Limits) -> None:
+        """New admission limits for all engines."""
+        self._limits = limits
+        for keeper in self.keepers():
+            keeper.queue.set_limits(limits)
+
+    # switching
+
+    def plan_switch(self, name: str) -> list[str]:
+        """What :meth:`switch` would do, in words.
+
+        Raises:
+            ConfigError: no such profile, or it cannot be served here.
+        """
+        profile = load_profile(name, self.folders.profiles)
+        running = self.primary.queue.running
+        before = self.primary.profile.name
+        limit = self.settings.engine.drain_timeout_s
+        return [
+            f"drain {before} ({running} requests run, at most {limit:g} s)",
+            "stop its engine and wait until its memory is back",
+            f"start {profile.name} ({profile.model}) and ask its canary",
+            f"return to {before} if that fails",
+        ]
+
+    async def switch(self, name: str) -> Status:
+        """Serve another profile instead of the primary; the old one comes back if the new one is not proven.
+
+        Returns:
+            the status after it, ready or failed.
+
+        Raises:
+            ConfigError: no such profile; nothing was changed.
+            TryAgainError: another switch is under way.
+        """
+        profile = load_profile(name, self.folders.profiles)
+        if self._switching.locked():
+            raise TryAgainError("another switch is under way", reason=Reason.NOT_READY)
+        async with self._switching:
+            before = self.primary.profile
+            self._bus.publish("switch", **{"from": before.name, "to": profile.name})
+            failed = await self._replace_primary(profile)
+            if failed is None:
+                return self.board.now
+            log.error("%s did not become ready; returning to %s", profile.name, before.name)
+            await self._replace_primary(before)
+            self._bus.publish(
+                "switch_failed", profile=profile.name, reason=failed.reason, message=failed.message
+            )
+            return replace(
+                self.board.now,
+                reason=failed.reason,
+                message=f"{profile.name} failed: {failed.message}; {before.name} serves again",
+                hint=failed.hint,
+            )
+
+    async def _replace_primary(self, profile: Profile) -> Status | None:
+        """Stop the primary and start ``profile`` in its place; its status if it is not proven."""
+        old = self.primary
+        await old.drain(self._hurry, Reason.OK, f"switching to {profile.name}")
+        await old.stop(self._hurry, Reason.OK)
+        board = StatusBoard(self._bus, Status(), was_ready=old.board.was_ready)
+        self.primary = self._keeper(profile, board)
+        self.primary.start()
+        await self.primary.settled.wait()
+        return None if self.primary.state in SERVING else self.primary.board.now
+
+    # several models
+
+    async def _load_beside(self, profile: Profile) -> Keeper:
+        models = self.settings.models
+        keeper = self.others.get(profile.name)
+        if keeper is None or keeper.state in TERMINAL:
+            if len(self.others) + 1 >= models.max_loaded and not self._make_room():
+                raise Reply(
+                    503,
+                    Reason.DOES_NOT_FIT,
+                    f"{models.max_loaded} models are loaded and all are in use",
+                    retry_after_s=30,
+                )
+            keeper = self.others[profile.name] = self._keeper(profile)
+            keeper.start()
+        if keeper.waiting_to_load >= models.max_waiting:
+            raise Reply(
+                429,
+                Reason.QUEUE_FULL,
+                f"too many requests wait for {profile.name}",
+                retry_after_s=30,
+            )
+        keeper.waiting_to_load += 1
+        try:
+            await keeper.settled.wait()
+        finally:
+            keeper.waiting_to_load -= 1
+        return keeper
+
+    def _make_room(self) -> bool:
+        """Unload the other model that was idle longest; False if all are in use or pinned."""
+        idle = [
+            keeper
+            for name, keeper in self.others.items()
+            if name not in self.settings.models.pinned
+            and keeper.queue.idle.is_set()
+            and keeper.state in SERVING | TERMINAL
+        ]
+        if not idle:
+            return False
+        oldest = min(idle, key=lambda keeper: keeper.used_at)
+        self._unload(oldest)
+        return True
+
+    def _unload(self, keeper: Keeper) -> None:
+        log.info("unloading %s", keeper.profile.name)
+        del self.others[keeper.profile.name]
+        task = asyncio.create_task(keeper.stop(self._hurry, Reason.OK))
+        self._unloading.add(task)
+        task.add_done_callback(self._unloading.discard)
+
+    async def _unload_idle(self) -> None:
+        """Unload models that nobody asked for within their time to live."""
+        ttl = self.settings.models.ttl_s
+        while ttl:
+            await asyncio.sleep(min(ttl, _UNLOAD_LOOK_S))
+            for name, keeper in list(self.others.items()):
+                unused = time.monotonic() - keeper.used_at
+                idle = keeper.queue.idle.is_set() and keeper.state in SERVING
+                if idle and unused >= ttl and name not in self.settings.models.pinned:
+                    self._unload(keeper)
+
+    def _profile_named(self, model: str) -> Profile | None:
+        for name in profile_names(self.folders.profiles):
+            try:
+                profile = load_profile(name, self.folders.profiles)
+            except ConfigError:
+                continue  # `spark-llm profiles` shows it; a request is not the place
+            if model in served_names(profile) and model != "default":
+                return profile
+        return None
 
     # life
 
@@ -107,191 +240,55 @@ class Controller:
         self._stop.set()
 
     async def serve(self) -> None:
-        """Keep the engine running until :meth:`request_stop`; returns once nothing of it is left."""
-        work = asyncio.create_task(self._keep_running())
+        """Keep engines running until :meth:`request_stop`; returns once nothing of them is left."""
+        self.primary.start()
+        for name in self.settings.models.pinned:
+            profile = load_profile(name, self.folders.profiles)
+            self.others[name] = self._keeper(profile)
+            self.others[name].start()
+        tidy = asyncio.create_task(self._unload_idle())
         stop = asyncio.create_task(self._stop.wait())
         try:
-            await asyncio.wait((work, stop), return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                work.result()  # an error of ours, never of the engine
-            self.ended = self.board.now.state
-            await self._drain()
+            while not stop.done():
+                self._tick_if_idle()
+                await asyncio.wait((stop,), timeout=_TICK_S)
+            self.ended = self.primary.state
         finally:
-            work.cancel()
+            tidy.cancel()
             stop.cancel()
-            await asyncio.wait((work, stop))
-            if self.run is not None:
-                await self._end_run(grace_s=0 if self._hurry.is_set() else None)
-            self.board.enter(State.STOPPED, Reason.STOPPED_BY_USER)
-
-    async def _keep_running(self) -> None:
-        while True:
-            try:
-                await self._one_run()
-            except EngineFailedError as error:
-                if not await self._after_failure(error):
-                    break
-            except SparkLlmError as error:
-                log.error("%s %s", error.message, error.hint)  # noqa: TRY400  for a person, no traceback
-                self.board.enter(State.BLOCKED, error.reason, error.message, hint=error.hint)
-                break
-        await self._idle()
-
-    async def _one_run(self) -> None:
-        """From preflight to the end of one engine run, which is always an error."""
-        self.board.enter(State.PREFLIGHT)
-        self._tick()
-        model = await self._model()
-        self.folders.make()
-        socket = self.folders.runtime / "engine.sock"
-        command = argv.build(
-            self.profile,
-            python=engine_python(self.settings),
-            model=model,
-            socket=socket,
-            home=self.folders.cache,
-            shutdown_timeout_s=self.settings.engine.drain_timeout_s,
-            inherited=os.environ,
-            caches={"VLLM_CACHE_ROOT": str(self.folders.cache / "vllm")},
-        )
-        started = time.monotonic()
-        self.board.enter(State.LOADING, percent=2)
-        self.run = EngineRun(
-            self.settings.engine, self.profile, command, socket, self.board, self._tick
-        )
-        try:
-            await self.run.load()
-            self.board.enter(State.WARMING)
-            answer = await self.run.prove()
-            log.info("the canary answered %r", answer)
-            took = time.monotonic() - started
-            self.board.enter(
-                State.READY,
-                message=f"ready after {took:.1f} s",
-                percent=100,
-                manifest=self.run.id,
-                restarts=len(self._failures),
-                restarts_left=self.settings.engine.restart_budget - len(self._failures),
-            )
-            log.info("ready after %.1f s", took)
-            await self.run.watch()
-        except EngineFailedError:
-            await self.run.kill()
-            raise
-
-    async def _model(self) -> Path:
-        """The folder of the model, complete."""
-        if self.profile.model == DEMO_MODEL:
-            folder = self.folders.models / DEMO_MODEL
-            await asyncio.to_thread(write_demo_model, folder)
-        else:
-            folder = Path(self.profile.model)
-        check_model_folder(folder)
-        return folder
-
-    async def _after_failure(self, error: EngineFailedError) -> bool:
-        """Apply the restart policy; False when it says to stay down."""
-        run, self.run = self.run, None
-        tail = run.tail if run else ()
-        now = time.monotonic()
-        rules = self._rules()
-        self._failures.append(policy.Failure(now, error.reason))
-        self._failures = [
-            item for item in self._failures if now - item.at <= rules.restart_window_s
-        ]
-        verdict = policy.after_failure(self._failures, now, rules)
-        log.error("%s (%s)", error.message, error.reason)
-        details = {
-            "last_log": tail,
-            "restarts": len(self._failures),
-            "restarts_left": verdict.left,
-            "engine_pid": None,
-            "run_id": "",
-            "manifest": "",
-            "percent": 0,
-        }
-        if verdict.action is policy.Action.FAIL:
-            self.board.enter(
-                State.FAILED,
-                verdict.reason,
-                error.message,
-                hint=verdict.hint or error.hint,
-                **details,
-            )
-            return False
-        self.board.enter(
-            State.PREFLIGHT,
-            error.reason,
-            f"{error.message}; restarting in {verdict.delay_s:.0f} s",
-            **details,
-        )
-        await self._pause(verdict.delay_s)
-        return True
-
-    async def _drain(self) -> None:
-        """Stop admitting, let running requests end, cut those that do not, stop the engine."""
-        limit = self.settings.engine.drain_timeout_s
-        self.board.enter(
-            State.DRAINING, Reason.STOPPED_BY_USER, f"{self._queue.running} requests still run"
-        )
-        self._queue.close(Reason.DRAINING)
-        idle = asyncio.create_task(self._queue.idle.wait())
-        hurry = asyncio.create_task(self._hurry.wait())
-        deadline = time.monotonic() + limit
-        try:
-            while not idle.done() and not hurry.done() and time.monotonic() < deadline:
-                self._tick()
-                await asyncio.wait(
-                    (idle, hurry),
-                    timeout=min(_TICK_S, max(0.0, deadline - time.monotonic())),
-                    return_when=asyncio.FIRST_COMPLETED,
+            await asyncio.gather(
+                *(
+                    keeper.drain(
+                        self._hurry,
+                        Reason.STOPPED_BY_USER,
+                        f"{keeper.queue.running} requests still run",
+                    )
+                    for keeper in self.keepers()
                 )
-            if not idle.done():
-                log.warning("cutting %d requests", self._queue.running)
-                self._queue.cut()
-                await asyncio.wait((idle,), timeout=_TICK_S)
-        finally:
-            idle.cancel()
-            hurry.cancel()
-        self.board.enter(State.STOPPING, Reason.STOPPED_BY_USER)
+            )
+            await asyncio.gather(*(keeper.stop(self._hurry) for keeper in self.keepers()))
+            if self._unloading:
+                await asyncio.wait(self._unloading)
 
-    async def _end_run(self, grace_s: float | None) -> None:
-        run, self.run = self.run, None
-        if run is None:
-            return
-        grace = self.settings.engine.stop_timeout_s if grace_s is None else grace_s
-        stopping = asyncio.create_task(run.stop(grace) if grace else run.kill())
-        hurry = asyncio.create_task(self._hurry.wait())
-        await asyncio.wait((stopping, hurry), return_when=asyncio.FIRST_COMPLETED)
-        if not stopping.done():
-            await run.kill()
-        await stopping
-        hurry.cancel()
+    def _keeper(self, profile: Profile, board: StatusBoard | None = None) -> Keeper:
+        return Keeper(
+            self.settings,
+            profile,
+            self.folders,
+            board or StatusBoard(self._bus, Status()),
+            AdmissionQueue(self._limits),
+            self._tick,
+            make_room=self._make_room,
+        )
 
-    async def _idle(self) -> None:
-        while True:
-            await self._pause(_TICK_S)
+    def _refuse_while_stopping(self) -> None:
+        if self._stop.is_set():
+            raise Reply(503, Reason.DRAINING, "the service stops", retry_after_s=10)
 
-    async def _pause(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
+    def _tick_if_idle(self) -> None:
+        """The loops of working engines tick themselves; a stuck one must not be hidden by this one."""
+        if not any(keeper.working for keeper in self.keepers()):
             self._tick()
-            await asyncio.sleep(min(left, _TICK_S))
 
     def _tick(self) -> None:
         self._ticked_at = time.monotonic()
-
-    def _rules(self) -> policy.Rules:
-        engine = self.settings.engine
-        return policy.Rules(
-            freeze_timeout_s=engine.freeze_timeout_s,
-            restart_budget=engine.restart_budget,
-            restart_window_s=engine.restart_window_s,
-        )
-
-
-def engine_python(settings: Settings) -> Path:
-    """The interpreter that has vLLM: as configured, else ``.venv-engine`` of the checkout this runs from."""
-    if settings.engine.python:
-        return Path(settings.engine.python)
-    return Path(__file__).parents[3] / ".venv-engine" / "bin" / "python"

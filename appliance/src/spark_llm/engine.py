@@ -81,7 +81,9 @@ class EngineProcess:
         socket.unlink(missing_ok=True)
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         tree = cgroup.current()
-        folder = tree.engine if tree else None
+        folder = tree.engine / socket.stem if tree else None  # several engines: one each
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
         process = subprocess.Popen(  # noqa: S603  the arguments are ours
             [
                 sys.executable,

@@ -11,14 +11,16 @@ from typing import Any
 from spark_llm import keys, logs, sockets, tls
 from spark_llm.admission import Limits
 from spark_llm.config import Settings
+from spark_llm.controller import Controller
 from spark_llm.errors import ConfigError, SparkLlmError
 from spark_llm.folders import Folders
 from spark_llm.gateway.app import Gateway
-from spark_llm.gateway.queue import AdmissionQueue
 from spark_llm.reason import Reason
 
 LIVE = frozenset(
     {
+        "admission.max_queue_per_key",
+        "admission.max_running_per_key",
         "gateway.max_running",
         "gateway.max_queue",
         "gateway.queue_timeout_s",
@@ -69,7 +71,11 @@ def applied(running: Settings, wanted: Settings) -> Settings:
         if key.startswith("gateway.")
     }
     return running.model_copy(
-        update={"log": wanted.log, "gateway": running.gateway.model_copy(update=gateway)}
+        update={
+            "log": wanted.log,
+            "admission": wanted.admission,
+            "gateway": running.gateway.model_copy(update=gateway),
+        }
     )
 
 
@@ -79,6 +85,8 @@ def limits(settings: Settings) -> Limits:
     return Limits(
         max_running=gateway.max_running,
         max_queue=gateway.max_queue,
+        max_running_per_key=settings.admission.max_running_per_key,
+        max_queue_per_key=settings.admission.max_queue_per_key,
         queue_timeout_s=gateway.queue_timeout_s,
     )
 
@@ -128,7 +136,7 @@ class Reloader:
         folders: for the keys.
         hosts: addresses that are listened on.
         gateway: takes new keys.
-        queue: takes new limits.
+        controller: takes new limits.
         context: takes a new certificate; None for plain HTTP.
     """
 
@@ -139,7 +147,7 @@ class Reloader:
         folders: Folders,
         hosts: tuple[str, ...],
         gateway: Gateway,
-        queue: AdmissionQueue,
+        controller: Controller,
         context: ssl.SSLContext | None,
     ) -> None:
         self.settings = settings
@@ -147,7 +155,7 @@ class Reloader:
         self._folders = folders
         self._hosts = hosts
         self._gateway = gateway
-        self._queue = queue
+        self._controller = controller
         self._context = context
 
     def reload(self) -> str:
@@ -168,7 +176,7 @@ class Reloader:
             return sentence
         self.settings = applied(self.settings, wanted)
         self._gateway.keys = accepted
-        self._queue.set_limits(limits(self.settings))
+        self._controller.set_limits(limits(self.settings))
         logs.set_level(self.settings.log.level)
         log.warning("%s", todo.sentence()) if todo.restart else log.info("%s", todo.sentence())
         return todo.sentence()

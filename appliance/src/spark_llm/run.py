@@ -3,26 +3,22 @@
 import asyncio
 import json
 import logging
-import re
 import secrets
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any, TypeVar
 
-import aiohttp
-
-from spark_llm import phases, policy
-from spark_llm.argv import Argv
-from spark_llm.config import Engine as EngineSettings
+from spark_llm import canary, host, phases, policy, roofline
+from spark_llm.config import Settings
 from spark_llm.engine import EngineProcess
 from spark_llm.errors import SparkLlmError
-from spark_llm.gateway.upstream import Upstream
-from spark_llm.profile import Profile
+from spark_llm.gateway.upstream import UnreachableError, Upstream, UpstreamError
+from spark_llm.prepare import Prepared
 from spark_llm.reason import Reason
-from spark_llm.scrape import parse_sample
+from spark_llm.scrape import parse_counters
 from spark_llm.status import StatusBoard
 from spark_llm.vitals import LoadWatch, stalled, watch
+from spark_llm.watchman import Level, Watchman
 
 _POLL_S = 0.25
 _TICK_S = 1.0
@@ -45,28 +41,41 @@ class EngineRun:
         id: names the run in events, logs and metrics.
         upstream: connections to its socket.
         progress: heartbeat of its iteration counter; None before the first scrape.
+        speed: what decoding reached between the last two scrapes that had any; None before.
     """
 
-    def __init__(  # noqa: PLR0913, PLR0917  the parts a run is made of
+    def __init__(
         self,
-        settings: EngineSettings,
-        profile: Profile,
-        argv: Argv,
-        socket: Path,
+        settings: Settings,
+        prepared: Prepared,
         board: StatusBoard,
         tick: Callable[[], None],
+        on_memory: Callable[[Level], None],
     ) -> None:
         self.id = secrets.token_hex(4)
-        self.upstream = Upstream(socket)
+        self.upstream = Upstream(prepared.socket)
         self.progress: policy.Progress | None = None
-        self._settings = settings
-        self._profile = profile
+        self.speed: roofline.Achieved | None = None
+        self._settings = settings.engine
+        self._prepared = prepared
         self._board = board
         self._tick = tick
         self._lines = 0
         self._phase = phases.STARTED
         self._was_ready = False
-        self._process = EngineProcess.start(argv, socket=socket, on_line=self._take_line)
+        self._counters: roofline.Counters | None = None
+        self._bandwidth = 0.0
+        self._process = EngineProcess.start(
+            prepared.command,
+            socket=prepared.socket,
+            on_line=self._take_line,
+        )
+        self._watchman = Watchman(
+            settings.memory,
+            self._process.pid,
+            prepared.socket.with_suffix(".guard"),
+            on_memory,
+        )
         board.progress(run_id=self.id, engine_pid=self._process.pid, phase=self._phase.name)
 
     @property
@@ -109,34 +118,34 @@ class EngineRun:
             await self._exit_within(_POLL_S)
 
     async def prove(self) -> str:
-        """Ask the canary question; returns the answer.
+        """Ask the canary's questions, all at once; returns the first answer's text.
 
         Raises:
             EngineFailedError: a wrong answer, none in time, or the engine exited.
         """
         self._board.progress(phase="asking the canary", percent=_WARMING_PERCENT)
-        canary = self._profile.canary
-        question = {
-            "model": "default",
-            "messages": [{"role": "user", "content": canary.prompt}],
-            "max_tokens": canary.max_tokens,
-            "temperature": 0,
-            "seed": 0,
-        }
+        questions = canary.questions(self._prepared.profile)
         try:
-            status, body = await self._while_alive(
-                self.upstream.post_json("/v1/chat/completions", question, _CANARY_TIMEOUT_S)
+            answers = await self._while_alive(
+                _gather(
+                    [
+                        self.upstream.post_json(canary.PATH, question.body, _CANARY_TIMEOUT_S)
+                        for question in questions
+                    ]
+                )
             )
-        except (aiohttp.ClientError, TimeoutError) as error:
+        except (UpstreamError, TimeoutError) as error:
             raise EngineFailedError(
                 f"the canary got no answer: {error or 'timeout'}", reason=Reason.CANARY
             ) from error
-        problem = _judge(canary.pattern, canary.text, status, body)
-        if problem:
-            raise EngineFailedError(f"the canary failed: {problem}", reason=Reason.CANARY)
+        for question, (status, body) in zip(questions, answers, strict=True):
+            fault = canary.judge(self._prepared.profile, question, status, _json(body))
+            if fault:
+                raise EngineFailedError(f"the canary failed: {fault}", reason=Reason.CANARY)
         await self._while_alive(self._scrape())  # readiness asks for a heartbeat
         self._was_ready = True
-        return _text(body)
+        self._bandwidth, _ = await asyncio.to_thread(host.memory_bandwidth)
+        return _text(answers[0][1])
 
     async def watch(self) -> None:
         """Scrape and judge until the engine must be restarted.
@@ -158,6 +167,7 @@ class EngineRun:
                 was_ready=self._was_ready,
                 socket=socket,
                 progress=self.progress,
+                power_w=host.gpu_power_w(),
             )
             if (reason := policy.liveness(seen, rules)) is not None:
                 await self._exit_within(_POLL_S)  # an exit explains a refused socket better
@@ -170,11 +180,15 @@ class EngineRun:
         while not stopping.done():
             self._tick()
             await asyncio.wait((stopping,), timeout=_TICK_S)
-        await self.upstream.close()
+        await self._close()
 
     async def kill(self) -> None:
         """As :meth:`stop`, at once."""
         await self._process.kill()
+        await self._close()
+
+    async def _close(self) -> None:
+        await self._watchman.close()
         await self.upstream.close()
 
     def _take_line(self, line: str) -> None:
@@ -188,23 +202,37 @@ class EngineRun:
     async def _answers(self) -> bool:
         try:
             status, _ = await self.upstream.get("/health", _PROBE_TIMEOUT_S)
-        except (aiohttp.ClientError, TimeoutError):
+        except (UpstreamError, TimeoutError):
             return False
         return status == HTTPStatus.OK
 
     async def _scrape(self) -> policy.Socket:
         try:
             _, body = await self.upstream.get("/metrics", _PROBE_TIMEOUT_S)
-        except aiohttp.ClientConnectorError:
+        except UnreachableError:
             return policy.Socket.REFUSED
         except TimeoutError:
             return policy.Socket.TIMED_OUT
-        except aiohttp.ClientError:
+        except UpstreamError:
             return policy.Socket.UNKNOWN
-        sample = parse_sample(body.decode(), asyncio.get_running_loop().time())
-        if sample is not None:
+        counters = parse_counters(body.decode(), asyncio.get_running_loop().time())
+        if counters is not None:
+            sample = policy.Sample(counters.at, round(counters.running), round(counters.iterations))
             self.progress = policy.follow(self.progress, sample)
+            self._measure(counters)
         return policy.Socket.ACCEPTED
+
+    def _measure(self, counters: roofline.Counters) -> None:
+        before, self._counters = self._counters, counters
+        model = self._prepared.model
+        if before is None or model is None or not self._bandwidth:
+            return
+        reached = roofline.achieved(
+            before, counters, self._prepared.profile, model, self._bandwidth
+        )
+        if reached is not None:
+            self.speed = reached
+            self._board.progress(speed=str(reached))
 
     async def _exit_within(self, seconds: float) -> None:
         """Wait ``seconds``, or raise as soon as the engine is gone."""
@@ -233,7 +261,7 @@ class EngineRun:
             gone.cancel()
 
     def _gone(self) -> EngineFailedError:
-        reason = policy.exit_cause(self.tail, killed_by_guard=False)
+        reason = policy.exit_cause(self.tail, killed_by_guard=self._watchman.killed)
         code = self._process.returncode
         how = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
         return EngineFailedError(
@@ -251,22 +279,22 @@ _LIVENESS = {
 }
 
 
-def _judge(pattern: str, text: str, status: int, body: bytes) -> str:
-    """What is wrong with an answer; empty if nothing."""
-    if status != HTTPStatus.OK:
-        return f"status {status}: {body[:200].decode(errors='replace')}"
-    answer = _text(body)
-    if not answer.strip():
-        return "an empty answer"
-    if text and answer != text:
-        return f"{answer!r} is not {text!r}"
-    if pattern and not re.search(pattern, answer):
-        return f"{answer!r} does not match {pattern!r}"
-    return ""
+async def _gather(
+    calls: list[Coroutine[Any, Any, tuple[int, bytes]]],
+) -> list[tuple[int, bytes]]:
+    return await asyncio.gather(*calls)
+
+
+def _json(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _text(body: bytes) -> str:
     try:
-        return str(json.loads(body)["choices"][0]["message"]["content"] or "")
-    except (ValueError, LookupError, TypeError):
+        return str(_json(body)["choices"][0]["message"]["content"] or "")
+    except (LookupError, TypeError):
         return ""

@@ -2,23 +2,31 @@
 
 import re
 
-from spark_llm.policy import Sample
+from spark_llm.roofline import Counters
 
+_NAMES = {
+    "vllm:num_requests_running": "running",
+    "vllm:iteration_tokens_total_count": "iterations",
+    "vllm:generation_tokens_total": "generated",
+    "vllm:prompt_tokens_total": "prompt",
+}
+_NEEDED = {"running", "iterations"}
 _LINE = re.compile(
-    r"^(vllm:num_requests_running|vllm:iteration_tokens_total_count)(?:\{[^}]*\})? ([0-9.eE+-]+)$",
+    rf"^({'|'.join(_NAMES)})(?:\{{[^}}]*\}})? ([0-9.eE+-]+)$",
     re.MULTILINE,
 )
 
 
-def parse_sample(text: str, at: float) -> Sample | None:
-    """A reading; None if the text lacks one of the numbers. Values of several engines are added up."""
-    sums: dict[str, float] = {}
+def parse_counters(text: str, at: float) -> Counters | None:
+    """A reading; None if the text lacks what liveness needs. Values of several engines are added up.
+
+    Args:
+        text: Prometheus text format.
+        at: monotonic clock when it was read, in seconds.
+    """
+    sums = dict.fromkeys(_NAMES.values(), 0.0)
+    found = set()
     for name, value in _LINE.findall(text):
-        sums[name] = sums.get(name, 0.0) + float(value)
-    if len(sums) != 2:  # noqa: PLR2004  both names above
-        return None
-    return Sample(
-        at,
-        running=round(sums["vllm:num_requests_running"]),
-        iterations=round(sums["vllm:iteration_tokens_total_count"]),
-    )
+        sums[_NAMES[name]] += float(value)
+        found.add(_NAMES[name])
+    return Counters(at=at, **sums) if found >= _NEEDED else None

@@ -140,10 +140,10 @@ class Bus:
 class StatusBoard:
     """Holds the status; every change of state or phase is an event."""
 
-    def __init__(self, bus: Bus, status: Status) -> None:
+    def __init__(self, bus: Bus, status: Status, *, was_ready: bool = False) -> None:
         self.bus = bus
         self.now = status
-        self.was_ready = False
+        self.was_ready = was_ready
 
     def enter(
         self,

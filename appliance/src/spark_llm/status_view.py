@@ -51,6 +51,8 @@ def status_table(code: int, status: dict[str, Any]) -> Table:
     table.add_row("model", str(status["model"]))
     if status["engine_pid"]:
         table.add_row("engine", f"process {status['engine_pid']}, run {status['run_id']}")
+    if status["speed"]:
+        table.add_row("speed", str(status["speed"]))
     if status["restarts"]:
         left = status["restarts_left"]
         table.add_row("restarts", f"{status['restarts']}, {left} left")

@@ -19,6 +19,7 @@ from spark_llm.gateway.protocol import bounded_protocol
 from spark_llm.gateway.queue import AdmissionQueue
 from spark_llm.gateway.reply import Reply
 from spark_llm.gateway.upstream import Upstream
+from spark_llm.keeper import Keeper
 from spark_llm.profile import Profile, load_profile, shipped_folder
 from spark_llm.reason import Reason
 from spark_llm.status import State
@@ -37,7 +38,7 @@ class Running:
     port: int
     stub: Stub
     queue: AdmissionQueue
-    controller: "ReadyController"
+    keeper: "ReadyKeeper"
     gateway: Gateway
 
     @property
@@ -45,8 +46,8 @@ class Running:
         return f"http://127.0.0.1:{self.port}"
 
 
-class ReadyController(Controller):
-    """A controller whose engine is the stub; ready until told otherwise."""
+class ReadyKeeper(Keeper):
+    """A keeper whose engine is the stub; ready until told otherwise."""
 
     stub_upstream: Upstream | None = None
 
@@ -63,11 +64,20 @@ def demo_profile() -> Profile:
 @asynccontextmanager
 async def running_gateway(folder: Path, limits: Limits | None = None) -> AsyncIterator[Running]:
     settings = Settings(gateway=LIMITS)
-    queue = AdmissionQueue(limits or Limits(max_running=8, max_queue=8))
     folders = Folders(folder, folder, folder, ())
-    controller = ReadyController(settings, demo_profile(), folders, queue)
-    controller.board.enter(State.READY)
-    gateway = Gateway(controller, queue, ())
+    limits = limits or Limits(max_running=8, max_queue=8)
+    controller = Controller(settings, demo_profile(), folders, limits)
+    keeper = ReadyKeeper(
+        settings,
+        demo_profile(),
+        folders,
+        controller.board,
+        AdmissionQueue(limits),
+        controller._tick,
+    )
+    controller.primary = keeper
+    keeper.board.enter(State.READY)
+    gateway = Gateway(controller, ())
     protocol = bounded_protocol(LIMITS.max_header_bytes, LIMITS.header_timeout_s)
     server = uvicorn.Server(
         uvicorn.Config(
@@ -83,19 +93,19 @@ async def running_gateway(folder: Path, limits: Limits | None = None) -> AsyncIt
         listener.bind(("127.0.0.1", 0))
         stub = Stub()
         runner = await stub.start(folder / "e.sock")
-        controller.stub_upstream = Upstream(folder / "e.sock")
+        keeper.stub_upstream = Upstream(folder / "e.sock")
         serving = asyncio.create_task(server._serve([listener]))
         while not server.started:
             await asyncio.sleep(0.01)
         try:
-            yield Running(listener.getsockname()[1], stub, queue, controller, gateway)
+            yield Running(listener.getsockname()[1], stub, keeper.queue, keeper, gateway)
         finally:
             stub.proceed.set()
-            queue.cut()
+            keeper.queue.cut()
             server.should_exit = True
             await serving
-            if controller.stub_upstream is not None:
-                await controller.stub_upstream.close()
+            if keeper.stub_upstream is not None:
+                await keeper.stub_upstream.close()
             await runner.cleanup()
 
 

@@ -225,8 +225,8 @@ async def test_not_ready_is_a_503_with_retry_after(
     running: Running, client: aiohttp.ClientSession
 ) -> None:
     """While nothing is ready, OpenAI and Anthropic clients get 503 in their own shape, with Retry-After."""
-    await running.controller.upstream().close()
-    running.controller.stub_upstream = None
+    await running.keeper.upstream().close()
+    running.keeper.stub_upstream = None
     async with client.post(CHAT, json={"model": "demo"}) as answer:
         assert (answer.status, answer.headers["Retry-After"]) == (503, "7")
         assert (await answer.json())["error"]["type"] == "service_unavailable_error"
@@ -272,7 +272,7 @@ async def test_engine_that_dies_before_answering_is_a_503(
     running: Running, client: aiohttp.ClientSession
 ) -> None:
     """An engine socket that nobody listens on is 503 with Retry-After."""
-    running.controller.upstream().socket.unlink()
+    running.keeper.upstream().socket.unlink()
     async with client.post(CHAT, json={"model": "demo"}) as answer:
         assert answer.status == 503
         assert (await answer.json())["error"]["code"] == "engine_unreachable"

@@ -4,7 +4,6 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-import aiohttp
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -14,8 +13,8 @@ from spark_llm import keys
 from spark_llm.controller import TICK_LIMIT_S, Controller
 from spark_llm.gateway.metrics import Metrics
 from spark_llm.gateway.proxy import ROUTES, Proxy, Receive, Scope, Send
-from spark_llm.gateway.queue import AdmissionQueue
 from spark_llm.gateway.reply import Reply
+from spark_llm.gateway.upstream import UpstreamError
 from spark_llm.gateway.wire import Headers, error_body
 from spark_llm.reason import Reason
 from spark_llm.status import State
@@ -30,17 +29,13 @@ class Gateway:
         keys: accepted API keys; none means that everybody is let in. Replaced as a whole on reload.
     """
 
-    def __init__(
-        self, controller: Controller, queue: AdmissionQueue, accepted: tuple[keys.Key, ...]
-    ) -> None:
+    def __init__(self, controller: Controller, accepted: tuple[keys.Key, ...]) -> None:
         settings = controller.settings.gateway
         self.keys = accepted
         self._controller = controller
-        self._queue = queue
         self._metrics = Metrics()
         self._proxy = Proxy(
             controller,
-            queue,
             self._metrics,
             max_body_bytes=settings.max_body_bytes,
             body_timeout_s=settings.header_timeout_s,
@@ -122,7 +117,7 @@ class Gateway:
         return JSONResponse(body, 503, headers=self._retry_after())
 
     async def _readyz(self, request: Request) -> Response:
-        checks = self._controller.checks()
+        checks = self._controller.primary.checks()
         now = self._controller.board.now
         ready = all(check.ok for check in checks)
         body: dict[str, Any] = {"ready": ready, "state": now.state, "reason": now.reason}
@@ -144,8 +139,8 @@ class Gateway:
         now = self._controller.board.now
         own = self._metrics.text(
             state=State(now.state),
-            running=self._queue.running,
-            waiting=self._queue.waiting,
+            running=sum(keeper.queue.running for keeper in self._controller.keepers()),
+            waiting=sum(keeper.queue.waiting for keeper in self._controller.keepers()),
             restarts=now.restarts,
         )
         return Response(own + await self._engine_metrics(), media_type="text/plain; version=0.0.4")
@@ -153,13 +148,17 @@ class Gateway:
     async def _engine_metrics(self) -> bytes:
         """The engine's own, or nothing while it cannot be asked: a scrape must not fail with the engine."""
         try:
-            status, body = await self._controller.upstream().get("/metrics", _SCRAPE_TIMEOUT_S)
-        except (Reply, aiohttp.ClientError, TimeoutError):
+            status, body = await self._controller.primary.upstream().get(
+                "/metrics", _SCRAPE_TIMEOUT_S
+            )
+        except (Reply, UpstreamError, TimeoutError):
             return b""
         return body if status == 200 else b""  # noqa: PLR2004  HTTP
 
     async def _status(self, _: Request) -> Response:
-        return JSONResponse(self._controller.board.now.as_dict())
+        status = self._controller.board.now.as_dict()
+        others = [keeper.board.brief() for keeper in self._controller.others.values()]
+        return JSONResponse({**status, "others": others})
 
     async def _events(self, request: Request) -> Response:
         last = request.headers.get("last-event-id", "0")
@@ -174,7 +173,7 @@ class Gateway:
                 return
 
     def _retry_after(self) -> dict[str, str]:
-        return {"retry-after": str(self._controller.retry_after_s())}
+        return {"retry-after": str(self._controller.primary.retry_after_s())}
 
 
 def _refusal(path: str, reply: Reply) -> Response:

@@ -11,16 +11,13 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import AsyncExitStack
 from http import HTTPStatus
 from typing import Any, Protocol
-
-import aiohttp
 
 from spark_llm.gateway.metrics import Metrics
 from spark_llm.gateway.queue import AdmissionQueue
 from spark_llm.gateway.reply import Reply
-from spark_llm.gateway.upstream import Upstream
+from spark_llm.gateway.upstream import Response, UnreachableError, Upstream, UpstreamError
 from spark_llm.gateway.wire import Headers, aborted, error_body, error_event
 from spark_llm.reason import Reason
 
@@ -53,14 +50,27 @@ _LARGE_JSON = 256 * 1024
 log = logging.getLogger("spark_llm.gateway")
 
 
-class Engine(Protocol):
-    """What the data path asks of the controller."""
+class Seat(Protocol):
+    """One engine, as the data path sees it."""
+
+    queue: AdmissionQueue
 
     def upstream(self) -> Upstream:
-        """The engine that is ready.
+        """The engine, if it is ready.
 
         Raises:
-            Reply: 503 while there is none.
+            Reply: 503 while it is not.
+        """
+
+
+class Engines(Protocol):
+    """What the data path asks of the controller."""
+
+    async def load(self, model: str) -> Seat:
+        """The engine for a model; waits while it is loaded on demand.
+
+        Raises:
+            Reply: it cannot be had.
         """
 
 
@@ -69,15 +79,13 @@ class Proxy:
 
     def __init__(
         self,
-        engine: Engine,
-        queue: AdmissionQueue,
+        engines: Engines,
         metrics: Metrics,
         *,
         max_body_bytes: int,
         body_timeout_s: float,
     ) -> None:
-        self._engine = engine
-        self._queue = queue
+        self._engines = engines
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
@@ -87,7 +95,7 @@ class Proxy:
         exchange = _Exchange(scope, send)
         try:
             exchange.check_method()
-            body = await self._body(scope, receive)
+            body, exchange.model = await self._body(scope, receive)
             await self._run(exchange, receive, body)
         except Reply as reply:
             exchange.reason = reply.reason
@@ -109,8 +117,8 @@ class Proxy:
                 exchange.request_id.decode(),
             )
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body, which must be JSON where there is one."""
+    async def _body(self, scope: Scope, receive: Receive) -> tuple[bytes, str]:
+        """The whole body, which must be a JSON object where there is one, and the model that it names."""
         for name, value in scope["headers"]:
             if name == b"content-length" and int(value) > self._max_body_bytes:
                 raise self._too_large()
@@ -135,9 +143,7 @@ class Proxy:
                 f"the request's body did not arrive within {self._body_timeout_s:g} s",
             ) from None
         body = b"".join(parts)
-        if scope["method"] == "POST":
-            await _require_json_object(body)
-        return body
+        return body, await _model_named(body) if scope["method"] == "POST" else ""
 
     def _too_large(self) -> Reply:
         return Reply(
@@ -150,9 +156,8 @@ class Proxy:
         """Forward, and give up as soon as the client does or the drain cuts."""
         forward = asyncio.create_task(self._forward(exchange, body))
         gone = asyncio.create_task(_disconnected(receive))
-        cut = asyncio.create_task(self._queue.cutting.wait())
         try:
-            await asyncio.wait((forward, gone, cut), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((forward, gone), return_when=asyncio.FIRST_COMPLETED)
             if not forward.done():
                 forward.cancel()
                 await asyncio.wait((forward,))
@@ -163,34 +168,33 @@ class Proxy:
             else:
                 await exchange.break_off(Reason.DRAINING, "the service stops; try again later")
         finally:
-            for task in (forward, gone, cut):
-                task.cancel()
+            forward.cancel()
+            gone.cancel()
 
     async def _forward(self, exchange: "_Exchange", body: bytes) -> None:
-        self._engine.upstream()  # no place in the queue while nothing is ready
-        async with self._queue.place(exchange.client_key, exchange.patience_s):
-            upstream = self._engine.upstream()
+        seat = await self._engines.load(exchange.model)
+        seat.upstream()  # no place in the queue while nothing is ready
+        async with seat.queue.place(exchange.client_key, exchange.patience_s):
+            upstream = seat.upstream()
             waiting = time.perf_counter()
             try:
                 async with upstream.request(
                     exchange.method, exchange.target, exchange.forwarded_headers(), body
                 ) as response:
-                    if response.content_type == "text/event-stream":
+                    if response.content_type == b"text/event-stream":
                         await self._stream(exchange, response, waiting)
                     else:
                         await self._whole(exchange, response, waiting)
-            except aiohttp.ClientConnectorError as error:
+            except UnreachableError as error:
                 raise Reply(
                     503, Reason.ENGINE_UNREACHABLE, "the engine cannot be reached", retry_after_s=5
                 ) from error
-            except aiohttp.ClientError as error:
+            except UpstreamError as error:
                 # It died or was killed in the middle of the answer.
                 await exchange.break_off(Reason.ENGINE_EXITED, "the engine broke off")
                 log.warning("the engine broke off: %s", error)
 
-    async def _whole(
-        self, exchange: "_Exchange", response: aiohttp.ClientResponse, waiting: float
-    ) -> None:
+    async def _whole(self, exchange: "_Exchange", response: Response, waiting: float) -> None:
         body = await response.read()
         self._metrics.first_byte.observe(time.perf_counter() - waiting)
         if response.status == HTTPStatus.OK and aborted(body):
@@ -199,30 +203,25 @@ class Proxy:
         await exchange.start(response.status, headers)
         await exchange.send_body(body, more=False)
 
-    async def _stream(
-        self, exchange: "_Exchange", response: aiohttp.ClientResponse, waiting: float
-    ) -> None:
+    async def _stream(self, exchange: "_Exchange", response: Response, waiting: float) -> None:
         rest = b""
-        async with AsyncExitStack() as stack:
-            stack.callback(response.close)
-            async for chunk in response.content.iter_any():
-                data = rest + chunk if rest else chunk
-                end = data.rfind(b"\n\n") + 2
-                if end == 1:
-                    rest = data
-                    continue
-                events, rest = data[:end], data[end:]
-                if aborted(events):
-                    await exchange.break_off(Reason.ABORTED, "the engine aborted the request")
-                    return
-                if not exchange.is_started:
-                    self._metrics.first_byte.observe(time.perf_counter() - waiting)
-                    await exchange.start(response.status, _returned(response))
-                await exchange.send_body(events, more=True)
+        while chunk := await response.read_some():
+            data = rest + chunk if rest else chunk
+            end = data.rfind(b"\n\n") + 2
+            if end == 1:
+                rest = data
+                continue
+            events, rest = data[:end], data[end:]
+            if aborted(events):
+                await exchange.break_off(Reason.ABORTED, "the engine aborted the request")
+                return
             if not exchange.is_started:
+                self._metrics.first_byte.observe(time.perf_counter() - waiting)
                 await exchange.start(response.status, _returned(response))
-            await exchange.send_body(rest, more=False)
-            stack.pop_all()
+            await exchange.send_body(events, more=True)
+        if not exchange.is_started:
+            await exchange.start(response.status, _returned(response))
+        await exchange.send_body(rest, more=False)
 
 
 class _ClientGone(Exception):  # noqa: N818  not an error: the client left
@@ -238,26 +237,27 @@ def _aborted() -> Reply:
     return Reply(503, Reason.ABORTED, "the engine aborted the request", retry_after_s=5)
 
 
-def _returned(response: aiohttp.ClientResponse) -> Headers:
-    named = _connection_named(response.raw_headers)
+def _returned(response: Response) -> Headers:
+    named = _connection_named(response.headers)
     return [
-        (name.lower(), value)
-        for name, value in response.raw_headers
-        if name.lower() not in _NOT_RETURNED and name.lower() not in named
+        (name, value)
+        for name, value in response.headers
+        if name not in _NOT_RETURNED and name not in named
     ]
 
 
-def _connection_named(headers: Any) -> set[bytes]:  # noqa: ANN401  pairs of bytes
+def _connection_named(headers: Headers) -> set[bytes]:
     """Headers that a ``Connection`` header declares hop-by-hop (RFC 9110, 7.6.1)."""
     return {
         token.strip().lower()
         for name, value in headers
-        if name.lower() == b"connection"
+        if name == b"connection"
         for token in value.split(b",")
     }
 
 
-async def _require_json_object(body: bytes) -> None:
+async def _model_named(body: bytes) -> str:
+    """The ``model`` of a request's body; empty if it names none."""
     try:
         # A large body (images) takes milliseconds to parse; other streams should not wait for it.
         value = (
@@ -269,6 +269,8 @@ async def _require_json_object(body: bytes) -> None:
         raise Reply(400, Reason.BAD_REQUEST, f"the body is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise Reply(400, Reason.BAD_REQUEST, "the body must be a JSON object")
+    model = value.get("model")
+    return model if isinstance(model, str) else ""
 
 
 class _Exchange:
@@ -276,9 +278,10 @@ class _Exchange:
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self.path: str = scope["path"]
+        self.model = ""
         self.method: str = scope["method"]
-        query = scope["query_string"].decode("ascii", "replace")
-        self.target = f"{self.path}?{query}" if query else self.path
+        query: bytes = scope["query_string"]
+        self.target = self.path.encode() + (b"?" + query if query else b"")
         self.headers: Headers = scope["headers"]
         self.request_id = _given(self.headers, b"x-request-id", _REQUEST_ID) or (
             secrets.token_hex(16).encode()
@@ -305,14 +308,14 @@ class _Exchange:
         if self.method != ROUTES[self.path]:
             raise Reply(405, Reason.BAD_REQUEST, f"{self.path} takes {ROUTES[self.path]}")
 
-    def forwarded_headers(self) -> list[tuple[str, str]]:
+    def forwarded_headers(self) -> Headers:
         named = _connection_named(self.headers)
         kept = [
-            (name.decode("latin-1"), value.decode("latin-1"))
+            (name, value)
             for name, value in self.headers
             if name not in _NOT_FORWARDED and name not in named
         ]
-        return [*kept, ("x-request-id", self.request_id.decode())]
+        return [*kept, (b"x-request-id", self.request_id)]
 
     async def start(self, status: int, headers: Headers) -> None:
         self.is_started = True

@@ -21,7 +21,6 @@ class AdmissionQueue:
 
     Attributes:
         idle: set while nothing runs.
-        cutting: set when those that still run must end now.
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -30,7 +29,7 @@ class AdmissionQueue:
         self._timer: asyncio.TimerHandle | None = None
         self.idle = asyncio.Event()
         self.idle.set()
-        self.cutting = asyncio.Event()
+        self._holders: set[asyncio.Task[object]] = set()
 
     @property
     def running(self) -> int:
@@ -68,8 +67,12 @@ class AdmissionQueue:
             if not place.done():
                 await place
             place.result()
+            if (holder := asyncio.current_task()) is not None:
+                self._holders.add(holder)
             yield
         finally:
+            if (holder := asyncio.current_task()) is not None:
+                self._holders.discard(holder)
             del self._places[ticket]
             if place.done() and not place.cancelled() and place.exception() is None:
                 self._admission.release(ticket, loop.time())
@@ -84,12 +87,12 @@ class AdmissionQueue:
             self._turn_away(ticket, 503, reason, self._admission.retry_after_s(now))
 
     def cut(self) -> None:
-        """End all running requests: the drain's time is up."""
-        self.cutting.set()
+        """Cancel the tasks of all running requests: the drain's time is up."""
+        for holder in self._holders:
+            holder.cancel()
 
     def open(self) -> None:
         """Let requests in again."""
-        self.cutting.clear()
         self._admission.open()
         self._wake()
 

@@ -1,0 +1,295 @@
+"""Keeps one engine serving one profile: start, prove, watch, restart within a budget, stop."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from spark_llm import policy
+from spark_llm.argv import served_names
+from spark_llm.config import Settings
+from spark_llm.errors import SparkLlmError
+from spark_llm.folders import Folders
+from spark_llm.gateway.queue import AdmissionQueue
+from spark_llm.gateway.reply import Reply
+from spark_llm.gateway.upstream import Upstream
+from spark_llm.prepare import Preparation
+from spark_llm.profile import Profile
+from spark_llm.reason import Reason
+from spark_llm.run import EngineFailedError, EngineRun
+from spark_llm.status import SERVING, TERMINAL, State, StatusBoard
+from spark_llm.watchman import Level
+
+_TICK_S = 1.0
+
+log = logging.getLogger("spark_llm.keeper")
+
+
+class Keeper:
+    """One profile and its engine.
+
+    Attributes:
+        profile: what it serves.
+        board: its status.
+        queue: who may go to its engine.
+        run: the engine's current run; None between runs.
+        used_at: when a request last asked for it, on the monotonic clock, in seconds.
+        settled: set once it is ready for the first time, or failed or blocked.
+        waiting_to_load: requests that wait for that.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917  the parts it is made of
+        self,
+        settings: Settings,
+        profile: Profile,
+        folders: Folders,
+        board: StatusBoard,
+        queue: AdmissionQueue,
+        tick: Callable[[], None],
+        *,
+        make_room: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.profile = profile
+        self.board = board
+        self.queue = queue
+        self.run: EngineRun | None = None
+        self.used_at = time.monotonic()
+        self.settled = asyncio.Event()
+        self.waiting_to_load = 0
+        self._settings = settings
+        self._tick = tick
+        self._preparation = Preparation(settings, folders, board, tick, make_room)
+        self._failures: list[policy.Failure] = []
+        self._work: asyncio.Task[None] | None = None
+        board.progress(profile=profile.name, model=profile.model)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names that clients may ask for."""
+        return served_names(self.profile)
+
+    @property
+    def state(self) -> State:
+        """Where it is."""
+        return self.board.now.state
+
+    @property
+    def working(self) -> bool:
+        """Whether its own loop runs."""
+        return self._work is not None and not self._work.done()
+
+    def upstream(self) -> Upstream:
+        """Its engine, while it is ready.
+
+        Raises:
+            Reply: 503 with the phase otherwise.
+        """
+        now = self.board.now
+        self.used_at = time.monotonic()
+        if now.state in SERVING and self.run is not None:
+            return self.run.upstream
+        if now.state in {State.DRAINING, State.STOPPING, State.STOPPED}:
+            raise Reply(503, Reason.DRAINING, "the service stops", retry_after_s=10)
+        detail = now.message or now.phase
+        raise Reply(
+            503,
+            now.reason if now.state in TERMINAL else Reason.NOT_READY,
+            f"not ready: {now.state}" + (f", {detail}" if detail else ""),
+            retry_after_s=self.retry_after_s(),
+        )
+
+    def retry_after_s(self) -> int:
+        """When asking again is worth it, in seconds."""
+        now = self.board.now
+        if now.state in TERMINAL:
+            return 60
+        return max(1, min(60, round(now.eta_s))) if now.eta_s is not None else 5
+
+    def checks(self) -> tuple[policy.Check, ...]:
+        """The named conditions of readiness."""
+        now = self.board.now
+        progress = self.run.progress if self.run else None
+        facts = policy.ReadyFacts(
+            engine_up=self.run is not None and self.run.alive and now.state in SERVING,
+            canary_manifest=now.proven,
+            manifest=now.manifest,
+            heartbeat_age_s=time.monotonic() - progress.sample.at if progress else None,
+            memory_ok=now.reason is not Reason.MEMORY,
+            draining=now.state in {State.DRAINING, State.STOPPING},
+        )
+        return policy.readiness(facts, self._rules())
+
+    def start(self) -> None:
+        """Begin; progress is on the board."""
+        self._work = asyncio.create_task(self._keep_running(), name=f"keeper-{self.profile.name}")
+
+    async def drain(self, hurry: asyncio.Event, reason: Reason, message: str) -> None:
+        """Stop admitting, let running requests end within the drain timeout, cut those that do not."""
+        self.board.enter(State.DRAINING, reason, message)
+        self.queue.close(Reason.DRAINING)
+        idle = asyncio.create_task(self.queue.idle.wait())
+        hurried = asyncio.create_task(hurry.wait())
+        deadline = time.monotonic() + self._settings.engine.drain_timeout_s
+        try:
+            while not idle.done() and not hurried.done() and time.monotonic() < deadline:
+                self._tick()
+                await asyncio.wait(
+                    (idle, hurried),
+                    timeout=min(_TICK_S, max(0.0, deadline - time.monotonic())),
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+            if not idle.done():
+                log.warning("cutting %d requests", self.queue.running)
+                self.queue.cut()
+                await asyncio.wait((idle,), timeout=_TICK_S)
+        finally:
+            idle.cancel()
+            hurried.cancel()
+
+    async def stop(self, hurry: asyncio.Event, reason: Reason = Reason.STOPPED_BY_USER) -> None:
+        """Stop the engine and wait until nothing of it is left; at once when ``hurry`` is set."""
+        self.board.enter(State.STOPPING, reason)
+        if self._work is not None:
+            self._work.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait((self._work,))
+        run, self.run = self.run, None
+        if run is not None:
+            stopping = asyncio.create_task(run.stop(self._settings.engine.stop_timeout_s))
+            hurried = asyncio.create_task(hurry.wait())
+            await asyncio.wait((stopping, hurried), return_when=asyncio.FIRST_COMPLETED)
+            if not stopping.done():
+                await run.kill()
+            await stopping
+            hurried.cancel()
+        self.board.enter(State.STOPPED, reason, engine_pid=None, run_id="", percent=0, speed="")
+        self.settled.set()
+
+    async def ask_canary(self) -> str:
+        """Prove the running engine's tokens again, on demand.
+
+        Raises:
+            Reply: it is not ready.
+            EngineFailedError: the answer is wrong; the engine is no longer called ready.
+        """
+        self.upstream()
+        assert self.run is not None  # noqa: S101  upstream() said so
+        try:
+            return await self.run.prove()
+        except EngineFailedError as error:
+            self.board.enter(State.DEGRADED, error.reason, error.message, proven="")
+            raise
+
+    async def _keep_running(self) -> None:
+        try:
+            while True:
+                try:
+                    await self._one_run()
+                except EngineFailedError as error:
+                    if not await self._after_failure(error):
+                        return
+        except SparkLlmError as error:
+            log.error("%s %s", error.message, error.hint)  # noqa: TRY400  for a person, no traceback
+            self.board.enter(State.BLOCKED, error.reason, error.message, hint=error.hint)
+        except Exception as error:
+            # A fault of ours: say so everywhere instead of standing still without a word.
+            log.exception("internal error")
+            hint = "The log has the traceback; please report it."
+            self.board.enter(State.FAILED, Reason.INTERNAL, repr(error), hint=hint)
+        finally:
+            self.settled.set()
+
+    async def _one_run(self) -> None:
+        """From preflight to the end of one engine run, which is always an error."""
+        with ExitStack() as holding:
+            prepared = await self._preparation.prepare(self.profile, holding)
+            started = time.monotonic()
+            self.board.enter(State.LOADING, percent=2, manifest=prepared.manifest.digest)
+            self.run = EngineRun(
+                self._settings,
+                prepared,
+                self.board,
+                self._tick,
+                self._on_memory,
+            )
+            try:
+                await self.run.load()
+                self.board.enter(State.WARMING)
+                log.info("the canary answered %r", await self.run.prove())
+                await asyncio.to_thread(prepared.namespace.seal)
+                took = time.monotonic() - started
+                log.info("%s is ready after %.1f s", self.profile.name, took)
+                self.board.enter(
+                    State.READY,
+                    message=f"ready after {took:.1f} s",
+                    percent=100,
+                    proven=prepared.manifest.digest,
+                    restarts=len(self._failures),
+                    restarts_left=self._settings.engine.restart_budget - len(self._failures),
+                )
+                self.queue.open()
+                self.settled.set()
+                await self.run.watch()
+            except EngineFailedError:
+                await self.run.kill()
+                raise
+
+    def _on_memory(self, level: Level) -> None:
+        """The guard has spoken: a soft alarm closes the door until memory is back."""
+        if self.state not in SERVING:
+            return
+        if level is Level.SOFT:
+            self.queue.close(Reason.MEMORY)
+            self.board.enter(
+                State.DEGRADED,
+                Reason.MEMORY,
+                "memory is low; no new requests are taken",
+                percent=100,
+            )
+        elif level is Level.OK and self.board.now.reason is Reason.MEMORY:
+            self.queue.open()
+            self.board.enter(State.READY, message="memory is back", percent=100)
+
+    async def _after_failure(self, error: EngineFailedError) -> bool:
+        """Apply the restart policy; False when it says to stay down."""
+        run, self.run = self.run, None
+        now = time.monotonic()
+        rules = self._rules()
+        self._failures.append(policy.Failure(now, error.reason))
+        self._failures = [
+            item for item in self._failures if now - item.at <= rules.restart_window_s
+        ]
+        verdict = policy.after_failure(self._failures, now, rules)
+        log.error("%s (%s)", error.message, error.reason)
+        details = {
+            "last_log": run.tail if run else (),
+            "restarts": len(self._failures),
+            "restarts_left": verdict.left,
+            "engine_pid": None,
+            "run_id": "",
+            "manifest": "",
+            "proven": "",
+            "percent": 0,
+            "speed": "",
+        }
+        if verdict.action is policy.Action.FAIL:
+            hint = verdict.hint or error.hint
+            self.board.enter(State.FAILED, verdict.reason, error.message, hint=hint, **details)
+            return False
+        message = f"{error.message}; restarting in {verdict.delay_s:.0f} s"
+        self.board.enter(State.PREFLIGHT, error.reason, message, **details)
+        end = now + verdict.delay_s
+        while (left := end - time.monotonic()) > 0:
+            self._tick()
+            await asyncio.sleep(min(left, _TICK_S))
+        return True
+
+    def _rules(self) -> policy.Rules:
+        engine = self._settings.engine
+        return policy.Rules(
+            freeze_timeout_s=engine.freeze_timeout_s,
+            restart_budget=engine.restart_budget,
+            restart_window_s=engine.restart_window_s,
+        )

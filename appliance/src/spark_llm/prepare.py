@@ -1,0 +1,292 @@
+"""Everything between "serve this profile" and "start this command line": model, memory, caches."""
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from spark_llm import argv, gate, host, ledger, manifest, model_facts
+from spark_llm.argv import Argv
+from spark_llm.caches import CacheRoot, Namespace
+from spark_llm.config import Settings
+from spark_llm.demo_model import write_demo_model
+from spark_llm.errors import RefusedError
+from spark_llm.folders import Folders
+from spark_llm.manifest import Manifest
+from spark_llm.model_folder import check_model_folder
+from spark_llm.profile import DEMO_MODEL, Engine, Profile
+from spark_llm.reason import Reason
+from spark_llm.status import State, StatusBoard
+from spark_llm.store import Failure, Note, Progress, Request, Result, Store
+from spark_llm.store.progress import Event
+
+_GATE_POLL_S = 0.5
+_TICK_S = 1.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run needs.
+
+    Attributes:
+        profile: what is served.
+        command: program, arguments and environment.
+        socket: where the engine will listen.
+        manifest: the exact bits.
+        namespace: its compile caches, checked.
+        account: the memory ledger.
+        model: facts of the model, for the roofline; None if they could not be read.
+    """
+
+    profile: Profile
+    command: Argv
+    socket: Path
+    manifest: Manifest
+    namespace: Namespace
+    account: ledger.Ledger
+    model: ledger.Model | None
+
+
+class Preparation:
+    """Brings, checks and decides; all waiting ticks.
+
+    Args:
+        settings: of the service.
+        folders: of the service.
+        board: shows the progress.
+        tick: called at least once a second.
+        make_room: called when memory is short; True if it freed some.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        folders: Folders,
+        board: StatusBoard,
+        tick: Callable[[], None],
+        make_room: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._settings = settings
+        self._folders = folders
+        self._board = board
+        self._tick = tick
+        self._make_room = make_room
+        self._store = Store(folders.models)
+
+    async def prepare(self, profile: Profile, holding: ExitStack) -> Prepared:
+        """All steps in order.
+
+        Args:
+            profile: what to serve.
+            holding: gets the locks on the model and the caches, for as long as the engine runs.
+
+        Raises:
+            SparkLlmError: what is in the way, and what to do.
+        """
+        self._board.enter(State.PREFLIGHT)
+        self._tick()
+        self._folders.make()
+        _refuse_wrong_machine(profile)
+        model = await self._bring(profile.model, profile.revision, holding)
+        draft = None
+        if profile.speculative is not None and profile.speculative.model:
+            speculative = profile.speculative
+            draft = await self._bring(speculative.model, speculative.revision, holding)
+        facts = await asyncio.to_thread(model_facts.read_model, model, draft)
+        account = await self._wait_for_memory(profile, facts)
+        await asyncio.to_thread(host.drop_page_cache, model)
+        return await self._command(profile, model, draft, facts, account, holding)
+
+    async def _bring(self, model: str, revision: str, holding: ExitStack) -> Path:
+        """The folder of a complete, verified model; fetched if the store lacks it."""
+        if model == DEMO_MODEL:
+            folder = self._folders.models / DEMO_MODEL
+            await asyncio.to_thread(write_demo_model, folder)
+        elif Path(model).is_absolute():
+            folder = Path(model)
+        else:
+            found = await asyncio.to_thread(self._store.locate, model, revision)
+            folder = found or await self._fetch(model, revision)
+            holding.enter_context(self._store.reading(model, "served"))
+        check_model_folder(folder)
+        return folder
+
+    async def _fetch(self, model: str, revision: str) -> Path:
+        """Run the fetching process and show its progress."""
+        store = self._settings.store
+        request = Request(
+            root=str(self._folders.models),
+            model=model,
+            revision=revision,
+            endpoint=store.endpoint,
+            token_file=store.token_file,
+            reserve_bytes=store.reserve_bytes,
+            workers=store.workers,
+            stall_timeout_s=store.stall_timeout_s,
+            attempts=store.attempts,
+            backoff_s=store.backoff_s,
+            xet=store.xet,
+        )
+        self._board.enter(State.FETCHING, message=f"fetching {model}")
+        events = self._store.fetch(request)
+        try:
+            while True:
+                event = await self._ticking(_next(events))
+                if isinstance(event, Result):
+                    return Path(event.path)
+                if isinstance(event, Failure):
+                    raise event.error()
+                self._show(model, event)
+        finally:
+            await asyncio.to_thread(events.close)  # type: ignore[attr-defined]  # it is a generator
+
+    def _show(self, model: str, event: Event) -> None:
+        if isinstance(event, Note):
+            self._board.progress(message=event.message)
+        elif isinstance(event, Progress):
+            state = State.VERIFYING if event.phase == "verifying" else State.FETCHING
+            if self._board.now.state is not state:
+                self._board.enter(state, message=f"{state} {model}")
+            percent = 100 * event.bytes // event.total if event.total else 100
+            self._board.progress(phase=event.status_line(), percent=percent, eta_s=event.eta_s)
+
+    async def _wait_for_memory(self, profile: Profile, facts: ledger.Model) -> ledger.Ledger:
+        """Wait until the ledger's need is really available; refuse what can never fit."""
+        memory = self._settings.memory
+        started = time.monotonic()
+        while True:
+            self._tick()
+            machine = host.machine(reserve_bytes=memory.reserve_bytes)
+            account = ledger.account(profile, machine, facts)
+            verdict = gate.decide(
+                gate.GateFacts(
+                    need_bytes=account.need_bytes,
+                    reserve_bytes=machine.reserve,
+                    available_bytes=machine.available,
+                    total_bytes=machine.total,
+                    waited_s=time.monotonic() - started,
+                    timeout_s=memory.gate_timeout_s,
+                    driver=host.driver_version(),
+                    drivers=memory.drivers,
+                    nodes=profile.nodes,
+                )
+            )
+            if verdict.action is gate.Action.GO:
+                return account
+            if verdict.action is gate.Action.REFUSE:
+                raise RefusedError(verdict.message, reason=verdict.reason, hint=verdict.hint)
+            if self._board.now.state is not State.WAITING_MEMORY:
+                self._board.enter(
+                    State.WAITING_MEMORY, verdict.reason, verdict.message, hint=verdict.hint
+                )
+            if verdict.reason is Reason.MEMORY:
+                self._make_room()
+            await asyncio.sleep(_GATE_POLL_S)
+
+    async def _command(  # noqa: PLR0913, PLR0917  what the steps before have found
+        self,
+        profile: Profile,
+        model: Path,
+        draft: Path | None,
+        facts: ledger.Model,
+        account: ledger.Ledger,
+        holding: ExitStack,
+    ) -> Prepared:
+        python = engine_python(self._settings)
+        socket = self._folders.runtime / f"{profile.name}.sock"
+
+        def build(caches: dict[str, str]) -> Argv:
+            cuda = profile.engine is Engine.CUDA
+            return argv.build(
+                profile,
+                python=python,
+                model=model,
+                socket=socket,
+                home=self._folders.cache,
+                shutdown_timeout_s=self._settings.engine.drain_timeout_s,
+                inherited=os.environ,
+                caches=caches,
+                gpu_memory_utilization=account.gpu_memory_utilization if cuda else None,
+                draft=draft,
+            )
+
+        bare = build({})
+        if not (python.is_file() and os.access(python, os.X_OK)):
+            raise RefusedError(
+                f"the engine's interpreter {python} is not there",
+                reason=Reason.ENGINE_MISSING,
+                hint="In a checkout, `make engine` installs it; engine.python names another.",
+            )
+        bits = manifest.build(
+            engine=await asyncio.to_thread(_engine_build, python),
+            kernels="",
+            model=profile.model,
+            model_commit=self._store.commit(profile.model, profile.revision)
+            if _on_hub(profile.model)
+            else "",
+            draft=profile.speculative.model if profile.speculative else "",
+            draft_commit=profile.speculative.revision if profile.speculative else "",
+            flags=bare.args[4:],
+            environment=bare.environment,
+            gpu=host.gpu_name() or "cpu",
+            driver=host.driver_version(),
+        )
+        caches = CacheRoot(self._folders.cache)
+        namespace = caches.namespace(bits)
+        verdict = await asyncio.to_thread(namespace.prepare)
+        holding.enter_context(namespace.hold(f"serving {profile.name}"))
+        cache = self._settings.cache
+        await asyncio.to_thread(caches.prune, max_bytes=cache.max_bytes, keep=cache.keep)
+        self._board.bus.publish("cache", verdict=verdict.state, message=verdict.message)
+        command = build(namespace.environment())
+        return Prepared(profile, command, socket, bits, namespace, account, facts)
+
+    async def _ticking(self, work: "asyncio.Future[Event]") -> Event:
+        while not work.done():
+            self._tick()
+            await asyncio.wait((work,), timeout=_TICK_S)
+        return work.result()
+
+
+def _next(events: Iterator[Event]) -> "asyncio.Future[Event]":
+    return asyncio.ensure_future(asyncio.to_thread(next, events))
+
+
+def _on_hub(model: str) -> bool:
+    return model != DEMO_MODEL and not Path(model).is_absolute()
+
+
+def _engine_build(python: Path) -> str:
+    try:
+        return manifest.engine_build(python)
+    except OSError as error:
+        raise RefusedError(
+            str(error),
+            reason=Reason.ENGINE_MISSING,
+            hint="In a checkout, `make engine` installs it; engine.python names another.",
+        ) from error
+
+
+def _refuse_wrong_machine(profile: Profile) -> None:
+    if profile.nodes > 1:
+        raise RefusedError(
+            f"profile {profile.name} is for {profile.nodes} nodes and this is one",
+            reason=Reason.PEERS,
+            hint="Choose a profile for one node; `spark-llm profiles` lists them.",
+        )
+    if profile.engine is Engine.CUDA and not host.driver_version():
+        raise RefusedError(
+            f"profile {profile.name} needs an NVIDIA GPU and no driver is loaded",
+            reason=Reason.NO_GPU,
+            hint="`nvidia-smi` should list the GPU; without one, `--profile demo` runs on the CPU.",
+        )
+
+
+def engine_python(settings: Settings) -> Path:
+    """The interpreter that has vLLM: as configured, else ``.venv-engine`` of the checkout this runs from."""
+    if settings.engine.python:
+        return Path(settings.engine.python)
+    return Path(__file__).parents[3] / ".venv-engine" / "bin" / "python"

@@ -1,0 +1,100 @@
+"""The controller's end of the memory guard: starts the guard process and hears what it says."""
+
+import asyncio
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+
+from spark_llm import cgroup
+from spark_llm.config import Memory
+
+log = logging.getLogger("spark_llm.guard")
+
+
+class Level(StrEnum):
+    """What the guard reports: memory is fine, low, or so low that it killed the engine."""
+
+    OK = "ok"
+    SOFT = "soft"
+    HARD = "hard"
+
+
+class Watchman:
+    """One guard process for one engine.
+
+    Attributes:
+        killed: the guard has killed the engine.
+    """
+
+    def __init__(
+        self,
+        settings: Memory,
+        group: int,
+        report: Path,
+        on_level: Callable[[Level], None],
+    ) -> None:
+        self.killed = False
+        self._on_level = on_level
+        self._process = subprocess.Popen(  # noqa: S603  our own module
+            [
+                sys.executable,
+                "-m",
+                "spark_llm.guard",
+                *_arguments(settings, group, report),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            env={name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+            start_new_session=True,  # it guards on while the controller restarts
+        )
+        self._task = asyncio.create_task(self._listen(), name="guard")
+
+    async def close(self) -> None:
+        """Stop the guard; its engine is gone."""
+        self._process.terminate()
+        await asyncio.to_thread(self._process.wait)
+        await asyncio.wait((self._task,), timeout=1.0)
+        self._task.cancel()
+
+    async def _listen(self) -> None:
+        assert self._process.stdout is not None  # noqa: S101  for the type checker: PIPE was asked for
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), self._process.stdout
+        )
+        try:
+            while line := await reader.readline():
+                self._take(line)
+        finally:
+            transport.close()
+
+    def _take(self, line: bytes) -> None:
+        try:
+            said = json.loads(line)
+            level = Level(said["level"])
+        except (ValueError, KeyError, TypeError):
+            log.warning("the guard said %r", line)
+            return
+        if level is not Level.OK:
+            log.warning("memory is %s: %s", level, line.decode().strip())
+        self.killed = self.killed or level is Level.HARD
+        self._on_level(level)
+
+
+def _arguments(settings: Memory, group: int, report: Path) -> list[str]:
+    tree = cgroup.current()
+    target = (
+        ["--cgroup", str(tree.engine / report.stem)] if tree else ["--process-group", str(group)]
+    )
+    floors = {
+        "--soft-bytes": settings.soft_floor_bytes,
+        "--hard-bytes": settings.hard_floor_bytes,
+        "--free-bytes": settings.free_floor_bytes,
+    }
+    given = [part for name, value in floors.items() if value for part in (name, str(value))]
+    return [*target, "--report", str(report), *given]

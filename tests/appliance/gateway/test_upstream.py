@@ -1,0 +1,198 @@
+"""The client side against scripted bytes: what a real engine sends only when something is wrong."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import anyio
+import pytest
+from spark_llm.gateway.upstream import Response, UnreachableError, Upstream, UpstreamError
+
+pytestmark = pytest.mark.anyio
+
+SIZED = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
+
+
+@pytest.fixture(params=[False, True], ids=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
+    """Production runs on uvloop, whose transports differ in detail."""
+    return "asyncio", {"use_uvloop": request.param}
+
+
+class Script:
+    """A server that answers every request with the same bytes.
+
+    Attributes:
+        connections: accepted so far.
+        requests: their bytes, newest last.
+        lost: set when a client's connection ended.
+    """
+
+    def __init__(self, answer: bytes, *, close: bool = False) -> None:
+        self.answer = answer
+        self.close = close
+        self.connections = 0
+        self.requests: list[bytes] = []
+        self.lost = asyncio.Event()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while data := await reader.read(65536):
+                self.requests.append(data)
+                writer.write(self.answer)
+                if self.close:
+                    break
+        except ConnectionError:
+            pass
+        finally:
+            self.lost.set()
+            writer.close()
+
+
+@asynccontextmanager
+async def engine(folder: Path, script: Script) -> AsyncIterator[Upstream]:
+    server = await asyncio.start_unix_server(script.serve, folder / "e.sock")
+    upstream = Upstream(folder / "e.sock")
+    try:
+        yield upstream
+    finally:
+        await upstream.close()
+        server.close()
+        await asyncio.wait_for(script.lost.wait(), 5)
+
+
+@pytest.mark.parametrize("answer", [SIZED, CHUNKED], ids=["sized", "chunked"])
+async def test_connection_is_used_again(short_path: Path, answer: bytes) -> None:
+    """Requests one after the other share a connection, whatever frames the body."""
+    script = Script(answer)
+    async with engine(short_path, script) as upstream:
+        for _ in range(3):
+            assert await upstream.get("/health", 5) == (200, b"ok")
+    assert (script.connections, len(script.requests)) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        SIZED.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"),
+        SIZED + SIZED,
+        SIZED + b"rubbish",
+    ],
+    ids=["close", "two answers", "rubbish"],
+)
+async def test_connection_in_doubt_is_not_used_again(short_path: Path, answer: bytes) -> None:
+    """What follows an answer never becomes the answer to the next request."""
+    script = Script(answer)
+    async with engine(short_path, script) as upstream:
+        for _ in range(2):
+            assert await upstream.get("/health", 5) == (200, b"ok")
+    assert script.connections == 2
+
+
+async def test_connection_that_the_engine_closed_is_replaced(short_path: Path) -> None:
+    """A connection that ended while nobody used it costs no request."""
+    script = Script(SIZED, close=True)
+    async with engine(short_path, script) as upstream:
+        assert await upstream.get("/health", 5) == (200, b"ok")
+        with anyio.fail_after(5):
+            while upstream._idle:
+                await asyncio.sleep(0.01)
+        assert await upstream.get("/health", 5) == (200, b"ok")
+    assert script.connections == 2
+
+
+async def test_old_connection_is_replaced(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that the engine is about to close is not used again."""
+    monkeypatch.setattr("spark_llm.gateway.upstream._IDLE_LIMIT_S", -1.0)
+    script = Script(SIZED)
+    async with engine(short_path, script) as upstream:
+        for _ in range(2):
+            assert await upstream.get("/health", 5) == (200, b"ok")
+    assert script.connections == 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok", "closed the connection"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n", "closed"),
+        (b"HTTP/1.1 200 OK\r\ncont", "closed"),
+        (b"", "closed"),
+        (b"220 smtp ready\r\n", "not HTTP"),
+    ],
+    ids=["short body", "no last chunk", "half a head", "nothing", "another protocol"],
+)
+async def test_answer_that_breaks_is_an_error(
+    short_path: Path, answer: bytes, message: str
+) -> None:
+    """An answer without its end is an error, never a short answer."""
+    async with engine(short_path, Script(answer, close=True)) as upstream:
+        with pytest.raises(UpstreamError, match=message):
+            await upstream.get("/health", 5)
+
+
+async def test_silence_is_a_timeout(short_path: Path) -> None:
+    """An engine that accepts and says nothing is a timeout, and its connection is closed."""
+    script = Script(b"")
+    async with engine(short_path, script) as upstream:
+        with pytest.raises(TimeoutError):
+            await upstream.get("/health", 0.05)
+        with anyio.fail_after(5):
+            await script.lost.wait()
+
+
+async def test_nobody_there_is_unreachable(short_path: Path) -> None:
+    """A socket that is missing, or that nobody listens on, is told from an engine that broke off."""
+    upstream = Upstream(short_path / "e.sock")
+    with pytest.raises(UnreachableError):
+        await upstream.get("/health", 5)
+    (short_path / "e.sock").touch()
+    with pytest.raises(UnreachableError):
+        await upstream.get("/health", 5)
+
+
+async def test_unread_answer_stops_the_engine_and_is_dropped(short_path: Path) -> None:
+    """Of an answer that is not read only so much is held; leaving it closes the connection."""
+    size = 64 * 2**20
+    script = Script(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%s" % (size, bytes(size)))
+    async with engine(short_path, script) as upstream:
+        async with upstream.request("GET", b"/v1/models", [], b"") as response:
+            await _until(lambda: response.unread > 0)
+            seen = await _settled(response)
+            assert 0 < seen < size / 8
+            assert await response.read_some()
+            await _until(lambda: response.unread > 0)
+        with anyio.fail_after(5):
+            await script.lost.wait()
+
+
+async def test_head_goes_as_given(short_path: Path) -> None:
+    """Headers reach the engine as they are, with the body's true length."""
+    script = Script(SIZED)
+    async with engine(short_path, script) as upstream:
+        headers = [(b"x-a", b"1"), (b"x-a", b"\xe4")]
+        async with upstream.request("POST", b"/v1/x?q=1", headers, b"{}") as response:
+            assert (response.status, await response.read()) == (200, b"ok")
+    assert b"".join(script.requests) == (
+        b"POST /v1/x?q=1 HTTP/1.1\r\nhost: engine\r\nx-a: 1\r\nx-a: \xe4\r\n"
+        b"content-length: 2\r\n\r\n{}"
+    )
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    with anyio.fail_after(5):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def _settled(response: Response) -> int:
+    before = -1
+    while response.unread != before:
+        before = response.unread
+        await asyncio.sleep(0.05)
+    return before
