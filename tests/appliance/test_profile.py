@@ -54,6 +54,7 @@ REFUSED = [
     ("published without a source", BASE + "[status]\nkind = 'published'\n", "source"),
     ("weights without a source", BASE + "[memory]\nweights_bytes = 5\n", "weights_source"),
     ("turboquant on another backend", "kv_cache_dtype = 'turboquant_k8v4'\n" + BASE, "go together"),
+    ("unknown KV dtype", "kv_cache_dtype = 'fp7'\n" + BASE, "unknown KV cache dtype"),
     ("three nodes", "nodes = 3\n" + BASE, "nodes"),
     ("no room for a token", BASE.replace("1073741824", "0"), "kv_cache_bytes"),
 ]

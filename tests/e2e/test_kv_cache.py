@@ -2,13 +2,21 @@
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from spark_llm.architecture import read_architecture
+from spark_llm.demo_model import write_demo_model
+from spark_llm.host import machine
 from spark_llm.kv_cache import CacheOptions, Layout, layout
+from spark_llm.ledger import account, cache_options
+from spark_llm.model_facts import read_model
+from spark_llm.profile import load_profile, shipped_folder
+
+from tests.appliance.service import Service
 
 ROOT = Path(__file__).parents[2]
 ENGINE = ROOT / ".venv-engine" / "bin" / "python"
@@ -65,3 +73,17 @@ def test_cache_is_counted_as_the_engine_counts_it(name: str, reported: dict[str,
     assert counted.blocks(engine["kv_cache_memory_bytes"]) == seen["blocks"]
     assert sequences == pytest.approx(seen["sequences"])
     assert int(sequences * engine["max_model_len"]) == seen["tokens"]
+
+
+def test_served_demo_has_the_cache_the_ledger_says(demo: Service, tmp_path: Path) -> None:
+    """The engine behind a running service reports the blocks and the context that ``spark-llm fit demo`` counts."""
+    profile = load_profile("demo", (shipped_folder(),))
+    write_demo_model(tmp_path / "model")
+    model = read_model(tmp_path / "model")
+    counted = layout(model.architecture, cache_options(profile))
+    status, metrics = demo.get("/metrics")
+    assert status == 200
+    found = re.search(r'vllm:cache_config_info\{[^}]*num_gpu_blocks="(\d+)"', metrics)
+    assert found, "the engine reports its cache configuration"
+    assert int(found[1]) == counted.blocks(profile.kv_cache_bytes)
+    assert account(profile, machine(), model).tokens == 262144, "as the profile's comment says"

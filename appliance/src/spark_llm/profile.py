@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spark_llm.errors import ConfigError
+from spark_llm.kv_cache import KV_DTYPES
 from spark_llm.reason import Reason
 from spark_llm.validation import explain
 
@@ -217,6 +218,13 @@ class Profile(_Table):
     memory: Memory = Memory()
     canary: Canary = Canary()
     status: Status = Status()
+
+    @field_validator("kv_cache_dtype")
+    @classmethod
+    def _sizeable(cls, value: str) -> str:
+        if value not in KV_DTYPES:
+            raise ValueError(f"unknown KV cache dtype; known: {', '.join(KV_DTYPES)}")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
