@@ -9,8 +9,8 @@ import pytest
 from spark_llm.demo_model import write_demo_model
 from spark_llm.errors import ConfigError
 from spark_llm.fit import parse_size
-from spark_llm.model_facts import fetch_model, local_model
-from spark_llm.profile import load_profile, shipped_folder
+from spark_llm.model_facts import fetch_model, known_model, local_model
+from spark_llm.profile import Memory, load_profile, shipped_folder
 from typer.testing import CliRunner, Result
 
 from tests.hub.server import LocalHub, local_hub
@@ -112,6 +112,20 @@ def test_hub_and_disk_agree(hub: LocalHub, tmp_path: Path) -> None:
     local = local_model(demo, tmp_path / "models")
     remote = fetch_model(demo.model_copy(update={"model": MODEL}), endpoint=hub.endpoint)
     assert local == remote
+
+
+def test_uncountable_model_goes_by_the_profiles_figure(tmp_path: Path) -> None:
+    """A model with layers of an unknown kind is served by its profile's own size, and refused without one."""
+    folder = tmp_path / "model"
+    write_demo_model(folder)
+    config = json.loads((folder / "config.json").read_text())
+    unknown = ["quantum_attention"] * config["num_hidden_layers"]
+    (folder / "config.json").write_text(json.dumps(config | {"layer_types": unknown}))
+    demo = load_profile("demo", (shipped_folder(),))
+    with pytest.raises(ConfigError, match="quantum_attention"):
+        known_model(demo, folder)
+    sized = demo.model_copy(update={"memory": Memory(weights_bytes=5, weights_source="me")})
+    assert known_model(sized, folder) is None
 
 
 def test_unreachable_hub_is_try_again(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from spark_llm.architecture import Architecture, read_architecture
 from spark_llm.demo_model import write_demo_model
-from spark_llm.errors import SparkLlmError, TryAgainError
+from spark_llm.errors import ConfigError, SparkLlmError, TryAgainError
 from spark_llm.ledger import Model
 from spark_llm.profile import DEMO_MODEL, Profile
 from spark_llm.reason import Reason
@@ -33,9 +33,9 @@ def local_model(profile: Profile, models: Path) -> Model | None:
         return None
     speculative = profile.speculative
     if speculative is None or not speculative.model:
-        return read_model(folder)
+        return known_model(profile, folder)
     draft = _folder(speculative.model, speculative.revision, models)
-    return None if draft is None else read_model(folder, draft)
+    return None if draft is None else known_model(profile, folder, draft)
 
 
 def _folder(model: str, revision: str, models: Path) -> Path | None:
@@ -57,6 +57,21 @@ def read_model(folder: Path, draft: Path | None = None) -> Model:
     return Model(
         _architecture(folder), read_folder(folder), _architecture(draft), read_folder(draft)
     )
+
+
+def known_model(profile: Profile, folder: Path, draft: Path | None = None) -> Model | None:
+    """:func:`read_model`, or None for a model whose layers cannot be counted but whose profile gives its size.
+
+    Raises:
+        SparkLlmError: a file is missing or damaged.
+        ConfigError: layers that cannot be counted, and no ``memory.weights_bytes`` to go by.
+    """
+    try:
+        return read_model(folder, draft)
+    except ConfigError:
+        if profile.memory.weights_bytes:
+            return None
+        raise
 
 
 def _architecture(folder: Path) -> Architecture:
