@@ -1,0 +1,217 @@
+"""Bundles: a model in one file, and everything a bad file can try."""
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+from spark_llm.errors import SparkLlmError
+from spark_llm.reason import Reason
+from spark_llm.store import Store
+from spark_llm.store.bundle import check_sha256, export, import_bundle
+from spark_llm.store.hashing import hash_file
+
+from tests.hub.pulls import FILES, MODEL, Puller
+
+Members = list[tuple[tarfile.TarInfo, bytes]]
+
+
+@pytest.fixture
+def exported(pull: Puller, tmp_path: Path) -> Path:
+    pull.hub.add(MODEL, FILES)
+    pull()
+    target = tmp_path / "model.tar.zst"
+    export(pull.store, MODEL, "", target)
+    return target
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Store:
+    return Store(tmp_path / "other")
+
+
+def test_a_bundle_carries_a_model_to_a_machine_without_a_network(
+    exported: Path, pull: Puller, other: Store
+) -> None:
+    """What comes out on the other side is verified, found by name and equal."""
+    proof = import_bundle(other.root, exported, reserve_bytes=0)
+    assert other.locate(MODEL) is not None
+    assert other.locate(MODEL, proof.commit) == other.locate(MODEL)
+    assert other.verify(MODEL, full=True).ok
+    assert proof.files == pull.store.receipt(MODEL).files
+    assert [model.source for model in other.models()] == ["bundle"]
+
+
+def test_a_bundle_is_the_same_every_time(exported: Path, pull: Puller, tmp_path: Path) -> None:
+    """The checksum that export prints can be compared, so the bytes do not depend on the day."""
+    export(pull.store, MODEL, "", tmp_path / "again.tar.zst")
+    digest = hash_file(exported).sha256
+    assert hash_file(tmp_path / "again.tar.zst").sha256 == digest
+    check_sha256(exported, digest)
+    with pytest.raises(SparkLlmError, match="sha256"):
+        check_sha256(exported, "0" * 64)
+
+
+def test_importing_twice_changes_nothing(exported: Path, other: Store) -> None:
+    """A model that is there stays as it is."""
+    import_bundle(other.root, exported, reserve_bytes=0)
+    first = other.models()
+    import_bundle(other.root, exported, reserve_bytes=0)
+    assert other.models() == first
+
+
+def test_a_damaged_model_is_not_exported(pull: Puller, exported: Path, tmp_path: Path) -> None:
+    """A bundle of a rotten model would spread the rot; nothing is written."""
+    del exported
+    weights = (pull.store.locate(MODEL) or Path()) / "model.safetensors"
+    weights.write_bytes(b"X" + weights.read_bytes()[1:])
+    with pytest.raises(SparkLlmError) as caught:
+        export(pull.store, MODEL, "", tmp_path / "bad.tar.zst")
+    assert caught.value.reason is Reason.MODEL_CORRUPT
+    assert not list(tmp_path.glob("*bad*"))
+
+
+def repack(bundle: Path, change: Callable[[Members], None]) -> None:
+    """The bundle with its members changed."""
+    with (
+        bundle.open("rb") as stream,
+        zstandard.ZstdDecompressor().stream_reader(stream) as unpacked,
+    ):
+        raw = unpacked.read()
+    with tarfile.open(fileobj=io.BytesIO(raw)) as tar:
+        members: Members = [
+            (member, (tar.extractfile(member) or io.BytesIO()).read()) for member in tar
+        ]
+    change(members)
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for member, content in members:
+            if member.isreg():
+                member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    bundle.write_bytes(zstandard.ZstdCompressor().compress(out.getvalue()))
+
+
+def index_of(members: Members, change: Callable[[dict[str, object]], None]) -> None:
+    index = json.loads(members[0][1])
+    change(index)
+    members[0] = (members[0][0], json.dumps(index).encode())
+
+
+def traversal(members: Members) -> None:
+    def change(index: dict[str, object]) -> None:
+        index["files"][0]["path"] = "../../../evil"  # type: ignore[index]  # a list of objects
+
+    index_of(members, change)
+    members[1][0].name = "files/../../../evil"
+
+
+def model_traversal(members: Members) -> None:
+    index_of(members, lambda index: index.update(model="../../evil"))
+
+
+def symlink(members: Members) -> None:
+    members[1][0].type, members[1][0].linkname = tarfile.SYMTYPE, "/etc/passwd"
+
+
+def hardlink(members: Members) -> None:
+    members[1][0].type, members[1][0].linkname = tarfile.LNKTYPE, "bundle.json"
+
+
+def device(members: Members) -> None:
+    members[1][0].type = tarfile.CHRTYPE
+
+
+def linked_folder(members: Members) -> None:
+    link = tarfile.TarInfo("files/tokenizer")
+    link.type, link.linkname = tarfile.SYMTYPE, "/tmp"  # noqa: S108  the attack
+    members.insert(1, (link, b""))
+
+
+def unlisted(members: Members) -> None:
+    members.append((tarfile.TarInfo("files/extra.py"), b"import os"))
+
+
+def twice(members: Members) -> None:
+    members.append((tarfile.TarInfo(members[1][0].name), members[1][1]))
+
+
+def wrong_bytes(members: Members) -> None:
+    at = next(n for n, (member, _) in enumerate(members) if member.name.endswith(".safetensors"))
+    members[at] = (members[at][0], b"X" + members[at][1][1:])
+
+
+def too_large(members: Members) -> None:
+    members[1] = (members[1][0], members[1][1] + b"more")
+
+
+def short(members: Members) -> None:
+    members.pop()
+
+
+def no_index(members: Members) -> None:
+    members.pop(0)
+
+
+def future(members: Members) -> None:
+    index_of(members, lambda index: index.update(format=99))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (traversal, Reason.MODEL_UNSAFE),
+        (model_traversal, Reason.NOT_FOUND),
+        (symlink, Reason.MODEL_UNSAFE),
+        (hardlink, Reason.MODEL_UNSAFE),
+        (device, Reason.MODEL_UNSAFE),
+        (linked_folder, Reason.MODEL_UNSAFE),
+        (unlisted, Reason.MODEL_UNSAFE),
+        (twice, Reason.MODEL_UNSAFE),
+        (wrong_bytes, Reason.MODEL_CORRUPT),
+        (too_large, Reason.MODEL_UNSAFE),
+        (short, Reason.MODEL_INCOMPLETE),
+        (no_index, Reason.MODEL_UNSAFE),
+        (future, Reason.BAD_REQUEST),
+    ],
+)
+def test_a_bad_bundle_is_refused(
+    exported: Path, other: Store, tmp_path: Path, change: Callable[[Members], None], reason: Reason
+) -> None:
+    """Names, links, devices, sizes and content are all checked; nothing is visible and nothing lies outside."""
+    repack(exported, change)
+    before = {path for path in tmp_path.rglob("*") if other.root not in path.parents}
+    with pytest.raises(SparkLlmError) as caught:
+        import_bundle(other.root, exported, reserve_bytes=0)
+    assert caught.value.reason is reason
+    assert other.models() == []
+    assert {path.name for path in other.root.iterdir()} <= {".locks"}
+    assert {path for path in tmp_path.rglob("*") if other.root not in path.parents} - before <= {
+        other.root
+    }
+
+
+@pytest.mark.parametrize("cut", [0.0, 0.01, 0.1, 0.5, 0.9])
+def test_a_cut_bundle_is_refused(exported: Path, other: Store, cut: float) -> None:
+    """A copy that broke off is named as such, wherever it broke off."""
+    content = exported.read_bytes()
+    exported.write_bytes(content[: int(len(content) * cut)])
+    with pytest.raises(SparkLlmError) as caught:
+        import_bundle(other.root, exported, reserve_bytes=0)
+    assert caught.value.reason in (
+        Reason.MODEL_CORRUPT,
+        Reason.MODEL_UNSAFE,
+        Reason.MODEL_INCOMPLETE,
+    )
+    assert other.models() == []
+
+
+def test_a_bundle_that_does_not_fit_is_refused_first(exported: Path, other: Store) -> None:
+    """The disk is asked before the first byte is written."""
+    with pytest.raises(SparkLlmError) as caught:
+        import_bundle(other.root, exported, reserve_bytes=2**62)
+    assert caught.value.reason is Reason.NO_DISK
+    assert [path.name for path in other.root.iterdir()] == [".locks"]
