@@ -24,8 +24,11 @@ _ALWAYS = {
     "VLLM_LOGGING_COLOR": "0",
     "NO_COLOR": "1",
     "VLLM_HOST_IP": "127.0.0.1",  # its message queues would otherwise bind the machine's first address
-    # The compiled-artifact load of 0.32.0 fails ("'function' object has no attribute 'finalize_loading'",
-    # compilation/decorators.py:315) and then compiles everything again, at every start.
+}
+
+_CPU = {
+    # On the CPU platform the compiled-artifact load of 0.32.0 fails ("'function' object has no attribute
+    # 'finalize_loading'", compilation/decorators.py:315) and everything is compiled again, at every start.
     "VLLM_USE_AOT_COMPILE": "0",
 }
 
@@ -33,7 +36,8 @@ _CUDA = {
     # Without it FlashInfer's fast decode (XQA) hangs on a probe of the vendor's server, and is lost offline
     # (vllm/utils/flashinfer.py, has_nvidia_artifactory).
     "VLLM_HAS_FLASHINFER_CUBIN": "1",
-    # Block-FP8 MoE loses accuracy on DeepGEMM, and 0.32.0 does not keep it off (fused_moe/oracle/fp8.py).
+    # DeepGEMM compiles its kernels with nvcc at run time, and an unpatched 0.32.0 does not keep block-FP8 MoE off it,
+    # where it loses accuracy (fused_moe/oracle/fp8.py; patch 0003 of vllm-gb10).
     "VLLM_USE_DEEP_GEMM": "0",
     "MAX_JOBS": "4",  # a first start's compilers share the memory with the model
 }
@@ -122,8 +126,8 @@ def build(  # noqa: PLR0913  one argument per fact that the command line is made
         *profile.flags,
     )
     environment = {name: inherited[name] for name in _PASSED_ON if name in inherited}
-    cuda = _CUDA if profile.engine is Engine.CUDA else {}
-    environment |= {"HOME": str(home), **_ALWAYS, **cuda, **caches, **profile.environment}
+    platform = _CUDA if profile.engine is Engine.CUDA else _CPU
+    environment |= {"HOME": str(home), **_ALWAYS, **platform, **caches, **profile.environment}
     return Argv(args, environment)
 
 

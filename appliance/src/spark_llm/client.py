@@ -5,17 +5,19 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from http import HTTPStatus
 from typing import Any
 
 from spark_llm.config import Settings
-from spark_llm.errors import SparkLlmError, TryAgainError
+from spark_llm.errors import ConfigError, SparkLlmError, TryAgainError
 from spark_llm.reason import Reason
 
 _TIMEOUT_S = 10.0
 
 
-def ask(settings: Settings, path: str) -> tuple[int, dict[str, Any]]:
-    """Status and JSON of a GET.
+def ask(settings: Settings, path: str, body: object = None) -> tuple[int, dict[str, Any]]:
+    """Status and JSON of a GET, or of a POST of ``body``.
 
     The API key comes from ``SPARK_LLM_API_KEY``; a command line would show it to every user of the machine.
 
@@ -24,7 +26,8 @@ def ask(settings: Settings, path: str) -> tuple[int, dict[str, Any]]:
         SparkLlmError: what listens is not spark-llm.
     """
     url = f"http://{_client_host(settings.gateway.host)}:{settings.gateway.port}{path}"
-    request = urllib.request.Request(url)
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     if key := os.environ.get("SPARK_LLM_API_KEY"):
         request.add_header("Authorization", f"Bearer {key}")
     try:
@@ -39,6 +42,38 @@ def ask(settings: Settings, path: str) -> tuple[int, dict[str, Any]]:
             reason=Reason.NOT_READY,
             hint="Start it with `spark-llm serve` or `systemctl start spark-llm`.",
         ) from error
+
+
+def tell(settings: Settings, path: str, body: object) -> dict[str, Any]:
+    """JSON of a POST that went well.
+
+    Raises:
+        SparkLlmError: the service's own error; and as :func:`ask`.
+    """
+    code, answer = ask(settings, path, body)
+    if code >= HTTPStatus.BAD_REQUEST:
+        error = answer.get("error", {})
+        kind = ConfigError if code == HTTPStatus.BAD_REQUEST else SparkLlmError
+        raise kind(str(error.get("message", answer)), reason=Reason(error.get("code", "internal")))
+    return answer
+
+
+def wait_switched(
+    settings: Settings, say: Callable[[str], None], poll_s: float = 0.5
+) -> dict[str, Any]:
+    """Wait until the last switch is over; returns it. Each new phase is told to ``say``."""
+    told = ""
+    while True:
+        _, answer = ask(settings, "/api/v1/switch")
+        switch: dict[str, Any] = answer["switch"]
+        if switch["outcome"] != "running":
+            return switch
+        _, now = ask(settings, "/api/v1/status")
+        line = f"{now['profile']}: {now['state']}" + (f", {now['phase']}" if now["phase"] else "")
+        if line != told:
+            say(line)
+            told = line
+        time.sleep(poll_s)
 
 
 def wait_ready(settings: Settings, timeout_s: float, poll_s: float = 0.5) -> dict[str, Any]:

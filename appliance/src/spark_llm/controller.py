@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 
 from spark_llm.admission import Limits
 from spark_llm.argv import served_names
@@ -25,6 +25,27 @@ _UNLOAD_LOOK_S = 5.0
 log = logging.getLogger("spark_llm.controller")
 
 
+@dataclass(frozen=True)
+class Switch:
+    """A change of the primary.
+
+    Attributes:
+        before: profile that was served.
+        after: profile that shall be.
+        outcome: ``running``; ``done``; ``returned`` to the one before; ``failed``, neither serves.
+        reason: why it was not done.
+        message: the same as a sentence.
+        hint: what to do.
+    """
+
+    before: str
+    after: str
+    outcome: str = "running"
+    reason: Reason = Reason.OK
+    message: str = ""
+    hint: str = ""
+
+
 class Controller:
     """Keeps engines serving profiles.
 
@@ -33,6 +54,7 @@ class Controller:
         primary: serves ``default``; its status is the service's.
         others: further engines by profile name, loaded on demand.
         ended: the state in which it was told to stop.
+        last_switch: under way or over; None before the first.
     """
 
     def __init__(
@@ -51,9 +73,15 @@ class Controller:
         self._ticked_at = time.monotonic()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
-        self._switching = asyncio.Lock()
+        self.last_switch: Switch | None = None
+        self._switching: asyncio.Task[None] | None = None
         self._unloading: set[asyncio.Task[None]] = set()
         self.primary = self._keeper(profile)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it was told to stop."""
+        return self._stop.is_set()
 
     @property
     def board(self) -> StatusBoard:
@@ -117,36 +145,43 @@ class Controller:
             f"return to {before} if that fails",
         ]
 
-    async def switch(self, name: str) -> Status:
-        """Serve another profile instead of the primary; the old one comes back if the new one is not proven.
+    def switch(self, name: str) -> "Switch":
+        """Begin to serve another profile as primary; the old one comes back if the new one is not proven.
 
         Returns:
-            the status after it, ready or failed.
+            the switch, under way; it is also :attr:`last_switch`.
 
         Raises:
             ConfigError: no such profile; nothing was changed.
             TryAgainError: another switch is under way.
         """
         profile = load_profile(name, self.folders.profiles)
-        if self._switching.locked():
+        if self.last_switch is not None and self.last_switch.outcome == "running":
             raise TryAgainError("another switch is under way", reason=Reason.NOT_READY)
-        async with self._switching:
-            before = self.primary.profile
-            self._bus.publish("switch", **{"from": before.name, "to": profile.name})
-            failed = await self._replace_primary(profile)
-            if failed is None:
-                return self.board.now
+        self._refuse_while_stopping()
+        self.last_switch = Switch(self.primary.profile.name, profile.name)
+        self._switching = asyncio.create_task(self._switch(profile, self.last_switch))
+        return self.last_switch
+
+    async def _switch(self, profile: Profile, switch: "Switch") -> None:
+        before = self.primary.profile
+        self._bus.publish("switch", **asdict(switch))
+        failed = await self._replace_primary(profile)
+        if failed is None:
+            switch = replace(switch, outcome="done")
+        else:
             log.error("%s did not become ready; returning to %s", profile.name, before.name)
-            await self._replace_primary(before)
-            self._bus.publish(
-                "switch_failed", profile=profile.name, reason=failed.reason, message=failed.message
-            )
-            return replace(
-                self.board.now,
+            back = await self._replace_primary(before)
+            serving = "serves again" if back is None else "does not start again either"
+            switch = replace(
+                switch,
+                outcome="returned" if back is None else "failed",
                 reason=failed.reason,
-                message=f"{profile.name} failed: {failed.message}; {before.name} serves again",
+                message=f"{profile.name} failed: {failed.message}; {before.name} {serving}",
                 hint=failed.hint,
             )
+        self.last_switch = switch
+        self._bus.publish("switch", **asdict(switch))
 
     async def _replace_primary(self, profile: Profile) -> Status | None:
         """Stop the primary and start ``profile`` in its place; its status if it is not proven."""
@@ -254,8 +289,10 @@ class Controller:
                 await asyncio.wait((stop,), timeout=_TICK_S)
             self.ended = self.primary.state
         finally:
-            tidy.cancel()
-            stop.cancel()
+            for task in (tidy, stop, self._switching):
+                if task is not None:
+                    task.cancel()
+                    await asyncio.wait((task,))
             await asyncio.gather(
                 *(
                     keeper.drain(

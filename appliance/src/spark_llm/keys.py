@@ -37,6 +37,10 @@ class Key:
     hash: str
     created: int
 
+    def public(self) -> dict[str, str | int]:
+        """What may be shown of it."""
+        return {"id": self.id, "name": self.name, "scope": self.scope, "created": self.created}
+
 
 def digest(token: str, salt: str) -> str:
     """The stored form of ``token``."""

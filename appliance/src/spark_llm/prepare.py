@@ -1,9 +1,10 @@
 """Everything between "serve this profile" and "start this command line": model, memory, caches."""
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from spark_llm.profile import DEMO_MODEL, Engine, Profile
 from spark_llm.reason import Reason
 from spark_llm.status import State, StatusBoard
 from spark_llm.store import Failure, Note, Progress, Request, Result, Store
+from spark_llm.store.process import fetch
 from spark_llm.store.progress import Event
 
 _GATE_POLL_S = 0.5
@@ -116,32 +118,16 @@ class Preparation:
 
     async def _fetch(self, model: str, revision: str) -> Path:
         """Run the fetching process and show its progress."""
-        store = self._settings.store
-        request = Request(
-            root=str(self._folders.models),
-            model=model,
-            revision=revision,
-            endpoint=store.endpoint,
-            token_file=store.token_file,
-            reserve_bytes=store.reserve_bytes,
-            workers=store.workers,
-            stall_timeout_s=store.stall_timeout_s,
-            attempts=store.attempts,
-            backoff_s=store.backoff_s,
-            xet=store.xet,
-        )
         self._board.enter(State.FETCHING, message=f"fetching {model}")
-        events = self._store.fetch(request)
-        try:
+        request = fetch_request(self._settings, self._folders.models, model, revision)
+        async with contextlib.aclosing(fetch(request)) as events:
             while True:
-                event = await self._ticking(_next(events))
+                event = await self._ticking(asyncio.ensure_future(anext(events)))
                 if isinstance(event, Result):
                     return Path(event.path)
                 if isinstance(event, Failure):
                     raise event.error()
                 self._show(model, event)
-        finally:
-            await asyncio.to_thread(events.close)  # type: ignore[attr-defined]  # it is a generator
 
     def _show(self, model: str, event: Event) -> None:
         if isinstance(event, Note):
@@ -251,8 +237,9 @@ class Preparation:
         return work.result()
 
 
-def _next(events: Iterator[Event]) -> "asyncio.Future[Event]":
-    return asyncio.ensure_future(asyncio.to_thread(next, events))
+def fetch_request(settings: Settings, models: Path, model: str, revision: str) -> Request:
+    """A request to the store with the service's settings."""
+    return Request(root=str(models), model=model, revision=revision, **settings.store.model_dump())
 
 
 def _on_hub(model: str) -> bool:

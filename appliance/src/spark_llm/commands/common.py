@@ -18,8 +18,12 @@ Config = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def load(config: Path | None) -> "tuple[Settings, Folders]":
+def load(config: Path | None, flags: dict[str, Any] | None = None) -> "tuple[Settings, Folders]":
     """Settings and folders for one command.
+
+    Args:
+        config: TOML file; None takes the usual one.
+        flags: settings given on the command line.
 
     Raises:
         ConfigError: see ``config.load``.
@@ -28,7 +32,7 @@ def load(config: Path | None) -> "tuple[Settings, Folders]":
     from spark_llm import folders
     from spark_llm.profile import shipped_folder
 
-    settings = configuration.load(config)
+    settings = configuration.load(config, flags)
     return settings, folders.resolve(settings.paths, os.environ, shipped_folder())
 
 

@@ -32,10 +32,10 @@ def fetch_request(settings: "Settings", root: Path, name: str) -> "Request":
     Raises:
         ConfigError: not a model's name.
     """
-    from spark_llm.store import Request, split_name
+    from spark_llm import prepare
+    from spark_llm.store import split_name
 
-    model, revision = split_name(name)
-    return Request(root=str(root), model=model, revision=revision, **settings.store.model_dump())
+    return prepare.fetch_request(settings, root, *split_name(name))
 
 
 def pull(  # noqa: PLR0913, PLR0917  typer: one parameter an option

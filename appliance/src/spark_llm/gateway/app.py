@@ -1,17 +1,17 @@
 """The gateway as one ASGI application."""
 
-import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from spark_llm import keys
 from spark_llm.controller import TICK_LIMIT_S, Controller
+from spark_llm.errors import SparkLlmError
 from spark_llm.gateway.metrics import Metrics
+from spark_llm.gateway.operator import Operator, reply_of
 from spark_llm.gateway.proxy import ROUTES, Proxy, Receive, Scope, Send
 from spark_llm.gateway.reply import Reply
 from spark_llm.gateway.upstream import UpstreamError
@@ -20,6 +20,7 @@ from spark_llm.reason import Reason
 from spark_llm.status import State
 
 _SCRAPE_TIMEOUT_S = 5.0
+_LOOPBACK = frozenset((b"localhost", b"127.0.0.1", b"[::1]"))
 
 
 class Gateway:
@@ -40,7 +41,15 @@ class Gateway:
             max_body_bytes=settings.max_body_bytes,
             body_timeout_s=settings.header_timeout_s,
         )
-        self._small = Starlette(routes=self._routes(), exception_handlers={404: _not_found})
+        self._operator = Operator(controller)
+        self._small = Starlette(
+            routes=self._routes(),
+            exception_handlers={
+                404: _not_found,
+                Reply: _answer_reply,
+                SparkLlmError: _answer_error,
+            },
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -49,7 +58,10 @@ class Gateway:
             await self._small(scope, receive, send)
             return
         try:
-            scope["spark_llm.key"] = self._check_key(scope["headers"])
+            key = self._check_key(scope["headers"])
+            scope["spark_llm.key"] = key.id if key else ""
+            if path not in ROUTES and scope["method"] not in {"GET", "HEAD"}:
+                _refuse_outsiders(key, scope["headers"])
         except Reply as reply:
             await _refusal(path, reply)(scope, receive, send)
             return
@@ -58,14 +70,14 @@ class Gateway:
         else:
             await self._small(scope, receive, send)
 
-    def _check_key(self, headers: Headers) -> str:
-        """Id of the key that was sent; empty where none is needed.
+    def _check_key(self, headers: Headers) -> keys.Key | None:
+        """The key that was sent; None where none is needed.
 
         Raises:
             Reply: 401.
         """
         if not self.keys:
-            return ""
+            return None
         for name, value in headers:
             token = value.decode("latin-1")
             if name == b"authorization" and token[:7].lower() == "bearer ":
@@ -73,7 +85,7 @@ class Gateway:
             elif name != b"x-api-key":
                 continue
             if (key := keys.match(token, self.keys)) is not None:
-                return key.id
+                return key
             raise Reply(401, Reason.UNAUTHORIZED, "this API key is not known")
         raise Reply(
             401,
@@ -90,8 +102,7 @@ class Gateway:
             Route("/v1/health/live", self._livez),
             Route("/v1/health/ready", self._readyz),
             Route("/metrics", self._metrics_text),
-            Route("/api/v1/status", self._status),
-            Route("/api/v1/events", self._events),
+            *self._operator.routes(),
         ]
 
     async def _livez(self, _: Request) -> Response:
@@ -155,25 +166,44 @@ class Gateway:
             return b""
         return body if status == 200 else b""  # noqa: PLR2004  HTTP
 
-    async def _status(self, _: Request) -> Response:
-        status = self._controller.board.now.as_dict()
-        others = [keeper.board.brief() for keeper in self._controller.others.values()]
-        return JSONResponse({**status, "others": others})
-
-    async def _events(self, request: Request) -> Response:
-        last = request.headers.get("last-event-id", "0")
-        after = int(last) if last.isascii() and last.isdigit() else 0
-        return StreamingResponse(self._event_stream(after), media_type="text/event-stream")
-
-    async def _event_stream(self, after: int) -> AsyncIterator[str]:
-        async for event in self._controller.board.bus.follow(after):
-            data = json.dumps({"at": event.at, **event.data})
-            yield f"id: {event.id}\nevent: {event.kind}\ndata: {data}\n\n"
-            if event.data.get("state") == State.STOPPED:
-                return
-
     def _retry_after(self) -> dict[str, str]:
         return {"retry-after": str(self._controller.primary.retry_after_s())}
+
+
+def _refuse_outsiders(key: keys.Key | None, headers: Headers) -> None:
+    """Raise unless the operator may change things: an admin's key, or no keys and a program on this machine.
+
+    A web page in the operator's browser reaches loopback too. It sends an Origin, and its Host is not a loopback name
+    unless the page was served from here.
+
+    Raises:
+        Reply: 403.
+    """
+    if key is not None:
+        if key.scope != keys.ADMIN:
+            raise Reply(
+                403, Reason.UNAUTHORIZED, "this needs a key made with `spark-llm keys add --admin`"
+            )
+        return
+    sent = dict(headers)
+    host = sent.get(b"host", b"").rpartition(b":")[0] or sent.get(b"host", b"")
+    origin = sent.get(b"origin", b"")
+    if host not in _LOOPBACK or (origin and origin.partition(b"://")[2] != sent.get(b"host")):
+        raise Reply(
+            403,
+            Reason.UNAUTHORIZED,
+            "without API keys, only programs on this machine may change things",
+        )
+
+
+async def _answer_reply(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Reply)  # noqa: S101  registered for it
+    return _refusal(request.url.path, error)
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, SparkLlmError)  # noqa: S101  registered for it
+    return _refusal(request.url.path, reply_of(error))
 
 
 def _refusal(path: str, reply: Reply) -> Response:

@@ -46,6 +46,8 @@ _NOT_FORWARDED = _HOP_BY_HOP | frozenset(
 _NOT_RETURNED = _HOP_BY_HOP | frozenset((b"content-length", b"x-request-id"))
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _LARGE_JSON = 256 * 1024
+_EMPTY_STREAM = b"data: [DONE]\n\n"
+"""All that a draining vLLM may send of a stream, with status 200."""
 
 log = logging.getLogger("spark_llm.gateway")
 
@@ -212,7 +214,7 @@ class Proxy:
                 rest = data
                 continue
             events, rest = data[:end], data[end:]
-            if aborted(events):
+            if aborted(events) or (not exchange.is_started and events == _EMPTY_STREAM):
                 await exchange.break_off(Reason.ABORTED, "the engine aborted the request")
                 return
             if not exchange.is_started:
