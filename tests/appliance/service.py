@@ -92,10 +92,10 @@ def wait_for(check: Callable[[], T | None], timeout_s: float, explain: Callable[
     raise AssertionError(f"not within {timeout_s} s:\n{explain()[-4000:]}")
 
 
-def fetch(url: str, body: bytes | None = None) -> tuple[int, Any]:
+def fetch(url: str, body: bytes | None = None, **headers: str) -> tuple[int, Any]:
     """Status and JSON of a request; the text where it is no JSON."""
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(url, data=body, headers=headers)
+    sent = {"Content-Type": "application/json", **headers}
+    request = urllib.request.Request(url, data=body, headers=sent)
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             status, data = answer.status, answer.read()

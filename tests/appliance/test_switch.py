@@ -1,0 +1,211 @@
+"""Changing what is served while it is served: switch, return, on-demand load, unload."""
+
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.appliance.service import (
+    STUB_PROFILE,
+    Service,
+    environment,
+    fetch,
+    processes_below,
+    stub_service,
+    wait_for,
+)
+
+CHAT = "/v1/chat/completions"
+
+
+@contextmanager
+def _two_profiles(
+    folder: Path, other: str = "", first: str = "", **settings: str
+) -> Iterator[Service]:
+    (folder / "profiles").mkdir()
+    (folder / "profiles" / "other.toml").write_text(STUB_PROFILE.format(fault=other))
+    with stub_service(folder, first, **settings) as running:
+        running.listening()
+        running.wait_state("ready")
+        yield running
+
+
+def _switch(running: Service, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "spark_llm.cli", "switch", *arguments],
+        env=environment(folder, SPARK_LLM_GATEWAY__PORT=str(running.port)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_switch_serves_the_other_profile(short_path: Path) -> None:
+    """A switch ends with the other profile ready, proven, and the first one's engine gone."""
+    with _two_profiles(short_path) as running:
+        engine = running.status()["engine_pid"]
+        done = _switch(running, short_path, "other")
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == "other serves\n"
+        status = running.status()
+        assert (status["profile"], status["state"]) == ("other", "ready")
+        assert not Path(f"/proc/{engine}").exists()
+        assert running.post(CHAT, {"model": "other"})[0] == 200
+
+
+def test_switch_that_fails_its_canary_returns(short_path: Path) -> None:
+    """When the new profile answers wrongly, the old one serves again and the command says why, with exit 1."""
+    with _two_profiles(short_path, "wrong-canary") as running:
+        done = _switch(running, short_path, "other")
+        assert done.returncode == 1
+        assert "the canary failed" in done.stdout
+        assert "stub serves again" in done.stdout
+        assert running.status()["profile"] == "stub"
+        assert running.post(CHAT, {"model": "default"})[0] == 200
+
+
+def test_switch_dry_run_changes_nothing(short_path: Path) -> None:
+    """``--dry-run`` lists the steps and leaves the run alone."""
+    with _two_profiles(short_path) as running:
+        run = running.status()["run_id"]
+        done = _switch(running, short_path, "other", "--dry-run")
+        assert done.stdout.splitlines()[0].startswith("drain stub")
+        assert running.status()["run_id"] == run
+
+
+def test_switch_to_an_unknown_profile_is_a_usage_error(short_path: Path) -> None:
+    """A profile that does not exist is exit 2 with the known ones, and nothing is stopped."""
+    with _two_profiles(short_path) as running:
+        done = _switch(running, short_path, "otter")
+        assert done.returncode == 2
+        assert "Known profiles" in done.stderr
+        assert running.status()["state"] == "ready"
+
+
+def test_switch_lets_running_streams_finish(short_path: Path) -> None:
+    """A stream that runs when the switch begins ends whole."""
+    with _two_profiles(short_path) as running:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{running.port}{CHAT}", data=b'{"model": "slow", "stream": true}'
+        )
+        with urllib.request.urlopen(request, timeout=60) as stream:
+            stream.readline()
+            assert running.post("/api/v1/switch", {"profile": "other"})[0] == 202
+            assert running.post("/api/v1/switch", {"profile": "other"})[0] == 503
+            assert stream.read().endswith(b"data: [DONE]\n\n")
+        wait_for(
+            lambda: running.get("/api/v1/switch")[1]["switch"]["outcome"] == "done",
+            30,
+            running.text,
+        )
+
+
+ON_DEMAND = {
+    "SPARK_LLM_MODELS__ON_DEMAND": "true",
+    "SPARK_LLM_MODELS__MAX_LOADED": "2",
+}
+
+
+def test_model_is_loaded_on_demand(short_path: Path) -> None:
+    """A request for a known profile that is not loaded waits for it and is answered by it, beside the first."""
+    with _two_profiles(short_path, **ON_DEMAND) as running:
+        assert running.post(CHAT, {"model": "other"})[0] == 200
+        assert [item["profile"] for item in running.status()["others"]] == ["other"]
+        assert running.post(CHAT, {"model": "default"})[0] == 200
+        assert running.stop() == 0
+    wait_for(lambda: not processes_below(short_path), 10, lambda: "left")
+
+
+def test_model_is_not_loaded_unless_allowed(short_path: Path) -> None:
+    """Without ``models.on_demand`` such a request goes to the engine that runs."""
+    with _two_profiles(short_path) as running:
+        assert running.post(CHAT, {"model": "other"})[0] == 200  # the stub answers to every name
+        assert running.status()["others"] == []
+
+
+def test_model_that_fails_to_load_is_a_503(short_path: Path) -> None:
+    """Requests that waited for a model which is not proven are answered 503 with its reason."""
+    with _two_profiles(short_path, "wrong-canary", **ON_DEMAND) as running:
+        code, body = running.post(CHAT, {"model": "other"})
+        assert (code, body["error"]["code"]) == (503, "canary")
+        assert running.post(CHAT, {"model": "default"})[0] == 200
+
+
+def test_idle_model_is_unloaded(short_path: Path) -> None:
+    """A model beside the first is unloaded after its time to live; a pinned one stays."""
+    with _two_profiles(short_path, **ON_DEMAND, SPARK_LLM_MODELS__TTL_S="0.3") as running:
+        assert running.post(CHAT, {"model": "other"})[0] == 200
+        wait_for(lambda: running.status()["others"] == [], 30, running.text)
+        assert running.post(CHAT, {"model": "other"})[0] == 200
+
+
+def test_pinned_model_is_loaded_at_the_start_and_stays(short_path: Path) -> None:
+    """A pinned profile is there without being asked for and outlives its time to live."""
+    settings = {
+        **ON_DEMAND,
+        "SPARK_LLM_MODELS__PINNED": '["other"]',
+        "SPARK_LLM_MODELS__TTL_S": "0.2",
+    }
+    with _two_profiles(short_path, **settings) as running:
+        wait_for(lambda: running.status()["others"][0]["state"] == "ready", 30, running.text)
+        run = running.status()["others"][0]["run_id"]
+        assert running.post(CHAT, {"model": "other"})[0] == 200
+        assert running.status()["others"][0]["run_id"] == run
+
+
+def test_canary_on_demand(short_path: Path) -> None:
+    """``POST /api/v1/canary`` proves the running engine again."""
+    with _two_profiles(short_path) as running:
+        code, body = running.post("/api/v1/canary", {})
+        assert (code, body["passed"]) == (200, True)
+
+
+def test_foreign_pages_may_not_change_things(short_path: Path) -> None:
+    """A web page's request, by its Origin or by a rebound Host, is refused; reading is not changed."""
+    with _two_profiles(short_path) as running:
+        url = f"http://127.0.0.1:{running.port}/api/v1/switch"
+        for headers in (
+            {"Origin": "http://evil.example"},
+            {
+                "Host": f"evil.example:{running.port}",
+                "Origin": f"http://evil.example:{running.port}",
+            },
+        ):
+            assert fetch(url, b'{"profile": "other"}', **headers)[0] == 403
+        assert running.get("/api/v1/switch")[1] == {"switch": None}
+
+
+def test_only_admin_keys_may_change_things(short_path: Path) -> None:
+    """With keys configured, a switch needs one made with ``--admin``."""
+    tokens = {}
+    for name, extra in (("user", []), ("boss", ["--admin"])):
+        done = subprocess.run(
+            [sys.executable, "-m", "spark_llm.cli", "keys", "add", name, *extra],
+            env=environment(short_path),
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+        tokens[name] = done.stdout.strip()
+    with stub_service(short_path) as running:
+        running.listening()
+        url = f"http://127.0.0.1:{running.port}/api/v1/switch"
+        for name, expected in (("user", 403), ("boss", 200)):
+            headers = {"Authorization": f"Bearer {tokens[name]}"}
+            assert fetch(url, b'{"profile": "demo", "dry_run": true}', **headers)[0] == expected
+
+
+def test_fit_and_profiles_are_in_the_api(short_path: Path) -> None:
+    """``/api/v1/fit`` gives the ledger, ``/api/v1/profiles`` the catalogue; unknown keys are named."""
+    with _two_profiles(short_path) as running:
+        code, body = running.post("/api/v1/fit", {"profile": "demo"})
+        assert code == 200, body
+        names = {item["name"] for item in running.get("/api/v1/profiles")[1]["profiles"]}
+        assert {"demo", "other", "stub"} <= names
+        code, body = fetch(f"http://127.0.0.1:{running.port}/api/v1/fit", b'{"profil": "x"}')
+        assert code == 400
+        assert "did you mean 'profile'" in body["error"]["message"]
