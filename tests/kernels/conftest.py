@@ -24,6 +24,17 @@ def nvcc() -> str:
 
 
 @pytest.fixture(scope="session")
+def nvdisasm() -> str:
+    """NVIDIA's disassembler; tests that read machine code are skipped without one."""
+    from tests.kernels import sass
+
+    try:
+        return sass.find_nvdisasm()
+    except FileNotFoundError as error:
+        pytest.skip(f"reads machine code: {error}")
+
+
+@pytest.fixture(scope="session")
 def host_libraries(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The host encoders, built by the host's C++ compiler."""
     from spark_kernels import build

@@ -31,7 +31,7 @@ def find_nvdisasm() -> str:
             return str(bundled)
     found = shutil.which("nvdisasm")
     if found is None:
-        raise FileNotFoundError("nvdisasm: install the triton wheel or the CUDA toolkit")
+        raise FileNotFoundError("needs nvdisasm: install the triton wheel or the CUDA toolkit's")
     return found
 
 

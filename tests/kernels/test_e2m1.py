@@ -10,6 +10,8 @@ from spark_kernels.rmsnorm_fp4 import reference
 
 from tests.kernels import sass
 
+pytestmark = pytest.mark.usefixtures("nvcc")
+
 HERE = Path(__file__).parent
 PACKAGE = build.PACKAGE
 
@@ -74,6 +76,7 @@ def test_numpy_rounding_equals_nvidias_on_every_bfloat16(exhaustive: Path) -> No
     assert np.array_equal(reference.to_e2m1(values), np.frombuffer(done.stdout, np.uint8))
 
 
+@pytest.mark.usefixtures("nvdisasm")
 @pytest.mark.parametrize("arch", ["120f", "121a", "121f"])
 def test_suffixed_targets_convert_in_one_instruction(arch: str, tmp_path: Path) -> None:
     """For family- and architecture-specific targets NVIDIA's header compiles to one F2FP E2M1."""
@@ -83,6 +86,7 @@ def test_suffixed_targets_convert_in_one_instruction(arch: str, tmp_path: Path) 
     assert len(probe.lines) < 64
 
 
+@pytest.mark.usefixtures("nvdisasm")
 @pytest.mark.parametrize("arch", ["120", "121"])
 def test_plain_targets_fall_back_without_a_word(arch: str, tmp_path: Path) -> None:
     """For plain 12.x the header compiles too, to over a hundred instructions: why a guard is needed."""

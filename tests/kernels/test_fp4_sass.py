@@ -9,6 +9,8 @@ from spark_kernels import build
 
 from tests.kernels import sass
 
+pytestmark = pytest.mark.usefixtures("nvcc", "nvdisasm")
+
 GEMM_KERNELS = [(kind, m, r) for kind in ("Bf16", "Fp16") for m in (1, 2, 4) for r in (1, 2, 4)]
 # Instructions a weight of the main loop, 64 rows and M <= 8, rounded up. Budgets: 30.6 on GB10 (48 SMs x
 # 128 lanes x 2.42 GHz over 273 GB/s at 0.5625 B), 5.0 on an H100. README.md quotes these.
