@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +26,7 @@ from spark_llm.guard import (
     parse_full_avg10,
     parse_meminfo,
     step,
+    watch,
 )
 
 SPARK = floors_for(int(121.69 * GIB))
@@ -217,6 +219,57 @@ def test_real_hog_is_killed_and_nothing_else(
     hog.stdin.close()
     hog.stdout.close()
     guard.stdout.close()
+
+
+class Recorder:
+    """A target that notes what happens to it."""
+
+    def __init__(self, events: list[str]) -> None:
+        self.events = events
+
+    def alive(self) -> bool:
+        return "kill" not in self.events
+
+    def kill(self) -> None:
+        self.events.append("kill")
+
+
+def test_reason_is_told_before_the_kill() -> None:
+    """Whoever sees the engine die can already have read why."""
+    events: list[str] = []
+    readings = iter(series([20, 5, 5]))
+    states = watch(
+        Recorder(events),
+        SPARK,
+        lambda: next(readings),
+        lambda: None,
+        lambda s: events.append(s.level),
+    )
+    assert [state.level for state in states] == ["soft", "hard"]
+    assert events == ["soft", "hard", "kill"]
+
+
+def test_hanging_controller_does_not_keep_a_kill_waiting(tmp_path: Path) -> None:
+    """With nobody reading and its pipe full, the guard kills all the same."""
+    engine = subprocess.Popen(["sleep", "300"], start_new_session=True)
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(writing, b"x" * 4096)
+    os.set_blocking(writing, True)
+    guard = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "spark_llm.guard", "--process-group", str(engine.pid)),
+            *("--hard-bytes", str(2**60), "--report", tmp_path / "report.json"),
+        ],
+        stdout=writing,
+        start_new_session=True,
+    )
+    assert engine.wait(timeout=10) == -signal.SIGKILL
+    assert guard.wait(timeout=10) == 1
+    os.close(reading)
+    os.close(writing)
 
 
 def test_guard_ends_with_its_engine(tmp_path: Path) -> None:

@@ -233,13 +233,22 @@ def parse_full_avg10(raw: bytes) -> float:
 
 
 def watch(
-    target: Target, floors: Floors, read: Callable[[], Reading], pause: Callable[[], None]
+    target: Target,
+    floors: Floors,
+    read: Callable[[], Reading],
+    pause: Callable[[], None],
+    tell: Callable[[State], None],
 ) -> Iterator[State]:
-    """Guard ``target`` until it is gone; yields the state on each change of level, after acting on it."""
+    """Guard ``target`` until it is gone; yields the state after each change of level.
+
+    ``tell`` is called before a kill, so that whoever sees the engine die can already know why.
+    """
     state = State()
     while target.alive():
         level = state.level
         state = step(state, read(), floors)
+        if state.level != level:
+            tell(state)
         if state.level == "hard":
             target.kill()
         if state.level != level:
@@ -260,9 +269,8 @@ def follow(folder: Path, floors: Floors, meters: Meters, report: Path | None) ->
     notifier.ready()
     while True:
         with contextlib.suppress(OSError), contextlib.closing(Cgroup(folder)) as target:
-            for state in watch(target, floors, meters.read, pause):
-                seen = asdict(state.last) if state.last else {}
-                _say({"level": state.level, **seen}, report)
+            for state in watch(target, floors, meters.read, pause, _tell):
+                _record(_line(state), report)
         pause()
 
 
@@ -279,16 +287,28 @@ def _lock_memory() -> dict[str, bool]:
     return {"mlockall": locked, "oom_score_adj": adjusted}
 
 
-def _say(line: dict[str, object], report: Path | None) -> None:
-    text = json.dumps(line)
-    if report is not None:
-        with contextlib.suppress(OSError):
-            temporary = report.with_suffix(".new")
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(report)
-    with contextlib.suppress(OSError):  # the controller may be gone; the guard stays
-        sys.stdout.write(text + "\n")
-        sys.stdout.flush()
+def _line(state: State) -> str:
+    return json.dumps({"level": state.level, **(asdict(state.last) if state.last else {})})
+
+
+def _tell(state: State) -> None:
+    _write(_line(state))
+
+
+def _write(line: str) -> None:
+    """To the controller. Never blocks: one that hangs or is gone must not keep a kill waiting."""
+    with contextlib.suppress(OSError):
+        os.write(sys.stdout.fileno(), line.encode() + b"\n")
+
+
+def _record(line: str, report: Path | None) -> None:
+    """For a controller that was restarted meanwhile. A file may need memory, so this comes after a kill."""
+    if report is None:
+        return
+    with contextlib.suppress(OSError):
+        temporary = report.with_suffix(".new")
+        temporary.write_text(line, encoding="utf-8")
+        temporary.replace(report)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -318,20 +338,22 @@ def main(argv: list[str] | None = None) -> int:
         hard=default.hard if arguments.hard_bytes is None else arguments.hard_bytes,
         free=default.free if arguments.free_bytes is None else arguments.free_bytes,
     )
+    if not sys.stdout.isatty():  # a terminal is shared with the shell
+        os.set_blocking(sys.stdout.fileno(), False)
+    first = json.dumps({"level": "ok", **_lock_memory(), **asdict(floors)})
+    _write(first)
+    _record(first, arguments.report)
     if arguments.follow:
         if arguments.cgroup is None:
             sys.exit("spark_llm.guard: --follow needs --cgroup")
-        _say({"level": "ok", **_lock_memory(), **asdict(floors)}, arguments.report)
         follow(arguments.cgroup, floors, meters, arguments.report)
     target: Target = (
         Cgroup(arguments.cgroup) if arguments.cgroup else ProcessGroup(arguments.process_group)
     )
-    _say({"level": "ok", **_lock_memory(), **asdict(floors)}, arguments.report)
     killed = False
-    for state in watch(target, floors, meters.read, lambda: time.sleep(POLL_S)):
+    for state in watch(target, floors, meters.read, lambda: time.sleep(POLL_S), _tell):
         killed = killed or state.level == "hard"
-        seen = asdict(state.last) if state.last else {}
-        _say({"level": state.level, **seen}, arguments.report)
+        _record(_line(state), arguments.report)
     return 1 if killed else 0
 
 
