@@ -6,6 +6,9 @@ let
     program = lib.getExe (pkgs.writeShellApplication ({ inherit name; } // args));
     meta = { inherit description; };
   };
+
+  # `sudo nix run` would have root evaluate a repository that is another user's, which git refuses.
+  asRoot = ''if [ "$(id -u)" != 0 ]; then exec sudo "$0" "$@"; fi'';
 in
 {
   default = {
@@ -20,7 +23,7 @@ in
       if [ ! -e ${pkgs.sparkPins.driverLib}/libcuda.so.1 ] && [ -e /proc/driver/nvidia/version ]; then
         echo "The NVIDIA driver is loaded, but Nix programs cannot see its libraries yet. Once per boot:" >&2
         echo "  sudo ${lib.getExe pkgs.driver-link}" >&2
-        echo "Or once and for all, with the service: sudo nix run .#install" >&2
+        echo "Or once and for all, with the service: nix run .#install" >&2
         exit 1
       fi
       exec spark-llm serve "$@"
@@ -28,14 +31,18 @@ in
   };
 
   # Both are subcommands, so that they can be tested and dry-run without Nix.
-  install = program "spark-llm-install" "Install the systemd service on DGX OS (as root)" {
-    runtimeInputs = [ pkgs.spark-llm ];
-    text = ''exec spark-llm install --package ${pkgs.spark-llm} "$@"'';
+  install = program "spark-llm-install" "Install the systemd service on DGX OS (asks for sudo)" {
+    text = ''
+      ${asRoot}
+      exec ${lib.getExe pkgs.spark-llm} install --package ${pkgs.spark-llm} "$@"
+    '';
   };
 
   uninstall = program "spark-llm-uninstall" "Remove the systemd service; models and configuration stay" {
-    runtimeInputs = [ pkgs.spark-llm ];
-    text = ''exec spark-llm uninstall "$@"'';
+    text = ''
+      ${asRoot}
+      exec ${lib.getExe pkgs.spark-llm} uninstall "$@"
+    '';
   };
 
   load-oci = program "spark-llm-load-oci" "Load the image into Docker or Podman" {

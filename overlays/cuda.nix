@@ -24,8 +24,12 @@ in
     sitePackages = "lib/python${self.vllm.python}/site-packages";
     # Where NixOS has the driver's libraries, and driver-link puts them elsewhere.
     driverLib = "/run/opengl-driver/lib";
-    # NEEDED by pinned libraries and provided by no package: the driver's own.
-    ignoreMissing = [ "libcuda.so.1" ];
+    # NEEDED by pinned libraries and provided by no package: the driver's own, and what Numba's threading
+    # layer for TBB wants on x86_64, which Numba tries and does without.
+    ignoreMissing = [
+      "libcuda.so.1"
+      "libtbb.so.12"
+    ];
   });
 
   mkPinnedWheel = final.callPackage ../pkgs/wheel { };

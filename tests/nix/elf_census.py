@@ -1,9 +1,9 @@
-"""Read the dynamic sections of every ELF file in the pinned aarch64 wheels.
+"""Read the dynamic sections of every ELF file in a system's pinned wheels.
 
-tests/nix/elf_census.py   (from the repository's root; downloads some 4 GB once, into tests/nix/nix's store)
+tests/nix/elf_census.py [SYSTEM]   (downloads some 4 GB once, into tests/nix/nix's store; default: both)
 
-Writes elf_census.json: for each kept wheel its ELF files with what they NEED, keyed by the hash of the
-pins. test_elf_closure.py checks that file against the pruning rules and the list of what is ignored, so
+Writes elf_census/SYSTEM.json: for each kept wheel its ELF files with what they NEED, keyed by the hash of
+the pins. test_elf_closure.py checks that file against the pruning rules and the list of what is ignored, so
 that the check itself costs nothing; when the pins change it says that this must run again.
 """
 
@@ -17,20 +17,24 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-CENSUS = HERE / "elf_census.json"
-SYSTEM = "aarch64-linux"
+SYSTEMS = ("aarch64-linux", "x86_64-linux")
 
 
-def kept_wheels() -> dict[str, dict[str, str]]:
+def census_file(system: str) -> Path:
+    """Where a system's census is recorded."""
+    return HERE / "elf_census" / f"{system}.json"
+
+
+def kept_wheels(system: str) -> dict[str, dict[str, str]]:
     """Pins of the wheels that go into the environment, by distribution."""
-    pins = json.loads((ROOT / "nix/pins/wheels" / f"{SYSTEM}.json").read_text())
+    pins = json.loads((ROOT / "nix/pins/wheels" / f"{system}.json").read_text())
     pruned = json.loads((ROOT / "nix/pins/pruned.json").read_text())["wheels"]
     return {name: pin for name, pin in pins.items() if name not in pruned}
 
 
-def pins_hash() -> str:
+def pins_hash(system: str) -> str:
     """Hash of all that the census depends on: the kept wheels' own hashes."""
-    listed = [f"{name} {pin['sha256']}" for name, pin in sorted(kept_wheels().items())]
+    listed = [f"{name} {pin['sha256']}" for name, pin in sorted(kept_wheels(system).items())]
     return hashlib.sha256("\n".join(listed).encode()).hexdigest()
 
 
@@ -63,22 +67,25 @@ def elf_files(wheel: Path) -> dict[str, dict[str, list[str] | str]]:
     return found
 
 
-def wheel_file(name: str) -> Path:
+def wheel_file(system: str, name: str) -> Path:
     """Fetch one wheel by its pin and return its path on this machine."""
     sys.path.insert(0, str(HERE))
     from flake import nix_build, store_path
 
-    return store_path(nix_build(f"legacyPackages.{SYSTEM}.pinnedWheels.{name}.src"))
+    return store_path(nix_build(f"legacyPackages.{system}.pinnedWheels.{name}.src"))
 
 
 def main() -> None:
-    """Take the census and write it."""
-    census = {}
-    for name in kept_wheels():
-        if files := elf_files(wheel_file(name)):
-            census[name] = files
-            print(f"{name}: {len(files)}", file=sys.stderr)
-    CENSUS.write_text(json.dumps({"pins": pins_hash(), "wheels": census}, indent=0) + "\n")
+    """Take the census of the named systems and write it."""
+    for system in sys.argv[1:] or SYSTEMS:
+        census = {}
+        for name in kept_wheels(system):
+            if files := elf_files(wheel_file(system, name)):
+                census[name] = files
+                print(f"{system} {name}: {len(files)}", file=sys.stderr)
+        recorded = {"pins": pins_hash(system), "wheels": census}
+        census_file(system).parent.mkdir(exist_ok=True)
+        census_file(system).write_text(json.dumps(recorded, indent=0) + "\n")
 
 
 if __name__ == "__main__":

@@ -156,6 +156,30 @@ def test_units_have_store_paths() -> None:
     assert not [name for name, text in rendered.items() if "@bin@" in text or "@listen@" in text]
 
 
+def test_apps_run() -> None:
+    """`serve`, `install` and `uninstall` pass shellcheck, and `install` lays the units with store paths in them."""
+    at = tree()
+    script = """
+      ${apps.serve.program} --help >$out
+      # The chroot has no systemd, which `install` asks for its version and, for another root, nothing more.
+      mkdir $TMPDIR/bin
+      printf '#!/bin/bash\necho systemd 257\n' >$TMPDIR/bin/systemctl
+      chmod +x $TMPDIR/bin/systemctl
+      PATH=$TMPDIR/bin:$PATH ${apps.install.program} --prefix $TMPDIR/host
+      cat $TMPDIR/host/etc/systemd/system/spark-llm.service >>$out
+      echo ${apps.uninstall.program} >>$out"""
+    out = build(
+        "x86_64-linux",
+        f"""(let apps = import {at}/nix/apps.nix {{
+               inherit (pkgs) lib;
+               pkgs = pkgs // {{ spark-llm = {APPLIANCE}; }};
+             }}; in pkgs.runCommand "apps" {{ }} ''{script}'')""",
+    ).read_text()
+    assert "--profile" in out
+    assert "ExecStart=" in out
+    assert "@bin@" not in out
+
+
 def test_driver_link_is_built() -> None:
     """driver-link passes shellcheck and starts."""
     out = store_path(nix_build("packages.x86_64-linux.driver-link"))
