@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections import Counter
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 _SECTION = re.compile(r"\n\s*\.section\s+\.text\.(\S+?),")
@@ -19,11 +20,17 @@ _PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 
 
 def find_nvdisasm() -> str:
-    """Return the path of nvdisasm: the triton wheel's, else PATH's.
+    """Return the path of nvdisasm: NVIDIA's wheel's, the triton wheel's, else PATH's.
 
     Raises:
         FileNotFoundError: there is none; the message says what to install.
     """
+    try:
+        wheel = metadata.distribution("nvidia-cuda-nvdisasm")
+    except metadata.PackageNotFoundError:
+        pass
+    else:
+        return str(wheel.locate_file("nvidia/cu13/bin/nvdisasm"))
     spec = importlib.util.find_spec("triton")
     if spec is not None and spec.origin is not None:
         bundled = Path(spec.origin).parent / "backends/nvidia/bin/nvdisasm"
