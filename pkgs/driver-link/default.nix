@@ -15,7 +15,6 @@ writeShellApplication {
   text = builtins.readFile ./driver-link.sh;
   meta = {
     description = "Link farm of the host's NVIDIA user-space libraries at /run/opengl-driver";
-    homepage = "https://docs.vllm.ai";
     license = lib.licenses.asl20;
     platforms = lib.platforms.linux;
     mainProgram = "driver-link";

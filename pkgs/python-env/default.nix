@@ -108,7 +108,6 @@ stdenv.mkDerivation (finalAttrs: {
 
   meta = {
     description = "Virtual environment of the wheels that ${pname} pins";
-    homepage = "https://docs.vllm.ai";
     license = if withCuda then lib.licenses.nvidiaCudaRedist else lib.licenses.asl20;
     platforms = [ sparkPins.system ];
     sourceProvenance = [ lib.sourceTypes.binaryNativeCode ];

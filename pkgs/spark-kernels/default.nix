@@ -40,7 +40,6 @@ python312.pkgs.buildPythonPackage {
 
   meta = {
     description = "Decode kernels for GB10 as a vLLM plugin";
-    homepage = "https://docs.vllm.ai";
     license = lib.licenses.asl20;
     platforms = [ sparkPins.system ];
   };

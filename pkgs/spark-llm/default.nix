@@ -55,7 +55,6 @@ let
     dontCheckRuntimeDeps = true;
     meta = {
       description = "The spark-llm Python package alone";
-      homepage = "https://docs.vllm.ai";
       license = lib.licenses.asl20;
     };
   };
@@ -109,7 +108,6 @@ stdenv.mkDerivation (finalAttrs: {
 
   meta = {
     description = "LLM appliance for NVIDIA DGX Spark: plans memory, starts and guards vLLM, serves OpenAI and Anthropic clients";
-    homepage = "https://docs.vllm.ai";
     license = lib.licenses.asl20;
     platforms = [ sparkPins.system ];
     mainProgram = "spark-llm";

@@ -1,5 +1,6 @@
 """Run the real Nix (tests/nix/nix) on this repository's flake, with the stand-in for nixpkgs."""
 
+import atexit
 import functools
 import os
 import shutil
@@ -43,8 +44,37 @@ def copy_tree(destination: Path) -> Path:
 
 @functools.cache
 def tree() -> Path:
-    """One copy of the flake for this process. /tmp is what the chroot sees."""
-    return copy_tree(Path(tempfile.mkdtemp(prefix="spark-llm-flake-", dir="/tmp")))
+    """One copy of the flake for this process, in the temporary folder, which the chroot sees."""
+    folder = tempfile.mkdtemp(prefix="spark-llm-flake-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return copy_tree(Path(folder))
+
+
+def changed(destination: Path, file: str, old: str, new: str) -> Path:
+    """Copy the flake to `destination` with one text in one file replaced; return the copy."""
+    copy_tree(destination)
+    text = (destination / file).read_text()
+    assert old in text
+    (destination / file).write_text(text.replace(old, new))
+    return destination
+
+
+def overlaid(
+    system: str, expression: str, *, at: Path | None = None, overlays: str = "[ overlay ]"
+) -> list[str]:
+    """Arguments that name an expression over `pkgs`: the stand-in with our overlay, without the flake."""
+    return [
+        "--impure",
+        "--expr",
+        f"""let
+          overlay = import {at or tree()}/overlays;
+          pkgs = import {STAND_IN} {{
+            system = "{system}";
+            config.allowUnfreePredicate = _: true;
+            overlays = {overlays};
+          }};
+        in {expression}""",
+    ]
 
 
 def reference(attribute: str, at: Path | None = None) -> list[str]:

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from flake import (
     ROOT,
-    STAND_IN,
     NixError,
-    copy_tree,
+    changed,
     nix_build,
+    overlaid,
     reference,
     run_nix,
     store_path,
@@ -25,19 +25,6 @@ ENGINE_PYTHON = ROOT / ".venv-engine" / "bin" / "python"
 SITE = "lib/python3.12/site-packages"
 
 pytestmark = [pytest.mark.usefixtures("nix"), pytest.mark.timeout(900)]
-
-
-def overlaid(system: str, expression: str, scratch: Path | None = None) -> list[str]:
-    """Arguments that build an expression over `pkgs`."""
-    return [
-        "--impure",
-        "--expr",
-        f"""let pkgs = import {STAND_IN} {{
-              system = "{system}";
-              config.allowUnfreePredicate = _: true;
-              overlays = [ (import {scratch or tree()}/overlays) ];
-            }}; in {expression}""",
-    ]
 
 
 def build(system: str, expression: str, *args: str) -> Path:
@@ -327,42 +314,34 @@ def test_second_build_is_the_same(system: str, expression: str) -> None:
 # What must fail, and how.
 
 
-def changed(file: str, old: str, new: str) -> Path:
-    """A copy of the flake with one change, where the chroot sees it."""
-    copy = copy_tree(Path(tempfile.mkdtemp(prefix="spark-llm-changed-", dir="/tmp")))
-    text = (copy / file).read_text()
-    assert old in text
-    (copy / file).write_text(text.replace(old, new))
-    return copy
-
-
 def test_patch_that_does_not_apply(tmp_path: Path) -> None:
     """A patch whose lines are gone stops the build and says to rebase or delete it; fuzz is not allowed."""
-    del tmp_path
     name = min((ROOT / "pkgs/vllm-gb10/patches").glob("*.patch")).name
     text = (ROOT / "pkgs/vllm-gb10/patches" / name).read_text()
     hunk = text[text.index("\n@@ ") :].splitlines()
     context = next(line for line in hunk if line.startswith(" ") and line.strip())
-    at = changed(f"pkgs/vllm-gb10/patches/{name}", f"\n{context}\n", f"\n{context} moved\n")
+    at = changed(
+        tmp_path, f"pkgs/vllm-gb10/patches/{name}", f"\n{context}\n", f"\n{context} moved\n"
+    )
     with pytest.raises(NixError, match=rf"{name} does not apply to vLLM 0.32.0"):
         run_nix(
             "build", "--no-link", "-L", *reference("packages.aarch64-linux.vllm-gb10-patched", at)
         )
 
 
-def test_wheel_with_another_hash() -> None:
+def test_wheel_with_another_hash(tmp_path: Path) -> None:
     """A wheel that is not the pinned one stops the build with both hashes and what to do."""
     pins = json.loads((ROOT / "nix/pins/appliance/x86_64-linux.json").read_text())
-    at = changed("nix/pins/appliance/x86_64-linux.json", pins["h11"]["sha256"], "0" * 64)
+    at = changed(tmp_path, "nix/pins/appliance/x86_64-linux.json", pins["h11"]["sha256"], "0" * 64)
     with pytest.raises(NixError, match=r"hash mismatch in h11-.*the pins say sha256 0000"):
         run_nix(
-            "build", "--no-link", "-L", *overlaid("x86_64-linux", f"{APPLIANCE}.environment", at)
+            "build", "--no-link", "-L", *overlaid("x86_64-linux", f"{APPLIANCE}.environment", at=at)
         )
 
 
-def test_pruning_rule_that_matches_nothing() -> None:
+def test_pruning_rule_that_matches_nothing(tmp_path: Path) -> None:
     """A pruning rule whose file is gone stops the build and names the rule."""
-    at = changed("nix/pins/pruned.json", "vllm/_qutlass_C*.so", "vllm/_gone_C*.so")
+    at = changed(tmp_path, "nix/pins/pruned.json", "vllm/_qutlass_C*.so", "vllm/_gone_C*.so")
     with pytest.raises(NixError, match=r"vllm 0.32.0: nothing matches .*_gone_C"):
         run_nix(
             "build", "--no-link", "-L", *reference("packages.aarch64-linux.vllm-gb10-patched", at)

@@ -5,7 +5,17 @@ import re
 from pathlib import Path
 
 import pytest
-from flake import ROOT, STAND_IN, NixError, copy_tree, nix_eval, reference, run_nix, tree
+from flake import (
+    ROOT,
+    STAND_IN,
+    NixError,
+    changed,
+    nix_eval,
+    overlaid,
+    reference,
+    run_nix,
+    tree,
+)
 
 SYSTEMS = ("aarch64-linux", "x86_64-linux")
 PACKAGES = {
@@ -25,22 +35,6 @@ PACKAGES = {
 APPS = {"default", "install", "load-oci", "serve", "uninstall", "update-pins"}
 
 pytestmark = [pytest.mark.usefixtures("nix"), pytest.mark.timeout(600)]
-
-
-def overlaid(system: str, expression: str, overlays: str = "[ overlay ]") -> list[str]:
-    """Arguments that evaluate an expression over `pkgs`: the stand-in with our overlay."""
-    return [
-        "--impure",
-        "--expr",
-        f"""let
-          overlay = import {tree()}/overlays;
-          pkgs = import {STAND_IN} {{
-            system = "{system}";
-            config.allowUnfreePredicate = _: true;
-            overlays = {overlays};
-          }};
-        in {expression}""",
-    ]
 
 
 def test_every_nix_file_parses() -> None:
@@ -76,7 +70,7 @@ def test_every_package_instantiates(system: str) -> None:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_package_says_what_it_is(system: str) -> None:
-    """Each package has a description, a homepage, a licence and its platform in meta."""
+    """Each package has a description, a licence and its platforms in meta."""
     metas = json.loads(
         nix_eval(
             f"packages.{system}",
@@ -86,7 +80,7 @@ def test_every_package_says_what_it_is(system: str) -> None:
         )
     )
     for name, meta in metas.items():
-        assert {"description", "homepage", "license", "platforms"} <= set(meta), name
+        assert {"description", "license", "platforms"} <= set(meta), name
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -116,7 +110,9 @@ def test_overlay_applies_once() -> None:
         "eval",
         "--json",
         *overlaid(
-            "aarch64-linux", "pkgs.cuda-toolkit.mine or false", f"[ overlay {between} overlay ]"
+            "aarch64-linux",
+            "pkgs.cuda-toolkit.mine or false",
+            overlays=f"[ overlay {between} overlay ]",
         ),
     )
     assert json.loads(out) is True
@@ -224,28 +220,16 @@ def machine(settings: str) -> list[str]:
     ]
 
 
-def changed(tmp_path_factory: pytest.TempPathFactory, file: str, old: str, new: str) -> Path:
-    """A copy of the flake with one change, where the chroot sees it."""
-    del tmp_path_factory
-    import tempfile
-
-    copy = copy_tree(Path(tempfile.mkdtemp(prefix="spark-llm-changed-", dir="/tmp")))
-    text = (copy / file).read_text()
-    assert old in text
-    (copy / file).write_text(text.replace(old, new))
-    return copy
-
-
-def test_wheel_missing_for_the_system(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_wheel_missing_for_the_system(tmp_path: Path) -> None:
     """A distribution without a pin stops the evaluation and names the command that pins."""
-    at = changed(tmp_path_factory, "nix/pins/wheels/aarch64-linux.json", '"triton":', '"triton2":')
+    at = changed(tmp_path, "nix/pins/wheels/aarch64-linux.json", '"triton":', '"triton2":')
     with pytest.raises(NixError, match=r"no wheel of triton is pinned for aarch64-linux: run"):
         nix_eval("packages.aarch64-linux.vllm-gb10.drvPath", at=at)
 
 
-def test_wrong_architecture_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_wrong_architecture_is_refused(tmp_path: Path) -> None:
     """12.0a, which does not load on GB10, stops the evaluation with the right string."""
-    at = changed(tmp_path_factory, "nix/pins/vllm.json", '"12.0f"', '"12.0a"')
+    at = changed(tmp_path, "nix/pins/vllm.json", '"12.0f"', '"12.0a"')
     with pytest.raises(NixError, match=r'"12.0a" is refused: GB10 is compute capability 12.1'):
         nix_eval("packages.aarch64-linux.vllm-gb10-source.drvPath", at=at)
 
