@@ -114,15 +114,21 @@ async def _serve(  # noqa: PLR0913, PLR0917  the parts a service is made of
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, take_up)
     serving = asyncio.create_task(server.serve(list(door.listeners)))
-    telling = asyncio.gather(_tell(controller, notifier), _feed(controller, notifier))
+    telling = [
+        asyncio.create_task(_tell(controller, notifier)),
+        asyncio.create_task(_feed(controller, notifier)),
+    ]
     _say_where(door, encrypted=context is not None, settings=settings)
     try:
         await controller.serve()
     finally:
         server.should_exit = True
         await serving
-        telling.cancel()
-    return 1 if controller.ended in TERMINAL else 0
+        for task in telling:
+            task.cancel()
+        await asyncio.wait(telling)
+    # For systemd, a stop that was asked for is no failure, whatever state it ended.
+    return 1 if controller.ended in TERMINAL and not door.held else 0
 
 
 async def _tell(controller: Controller, notifier: Notifier) -> None:
