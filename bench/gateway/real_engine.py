@@ -1,0 +1,167 @@
+"""The gateway in front of a real vLLM, beside the same vLLM reached directly over its Unix socket, in one run.
+
+    python bench/gateway/real_engine.py --rounds 3 --out bench/gateway/results/real-engine
+
+Starts `spark-llm serve` with the demo model. Needs cc, `spark-llm` on PATH and the embedded engine (`make engine`).
+"""
+
+import argparse
+import contextlib
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import run
+import targets
+
+Row = dict[str, float | str]
+READY_TIMEOUT_S = 300.0
+CASES = {
+    "64 streams of 64 tokens": ("--clients", "64", "--max-tokens", "64", "--warm-up", "4"),
+    "1 client, 8 tokens": ("--clients", "1", "--max-tokens", "8", "--warm-up", "1"),
+}
+
+
+def main() -> None:
+    """Alternate between the two ways to the engine; print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.md")
+    options = parser.parse_args()
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="bench-") as name, _served(Path(name)) as port:
+        ways = {
+            "direct": ("--uds", f"{name}/run/engine.sock"),
+            "spark-llm": ("--port", str(port)),
+        }
+        for number in range(1, options.rounds + 1):
+            for case, arguments in CASES.items():
+                # Who comes first changes from round to round, so that a drift favours nobody.
+                for way in list(ways) if number % 2 else list(reversed(ways)):
+                    seen = _load(Path(name), (*ways[way], *arguments), options.seconds)
+                    rows.append({"round": number, "case": case, "way": way, **seen})
+                    print(rows[-1], flush=True)
+    report = "\n".join(
+        [
+            f"Command: `python bench/gateway/real_engine.py {' '.join(sys.argv[1:])}`",
+            "",
+            f"Machine: {run.machine()}. vLLM's CPU build, demo model.",
+            f"Median of {options.rounds} rounds of {options.seconds:g} s [least to greatest].",
+            "",
+            *_table(rows),
+        ]
+    )
+    print(report)
+    if options.out:
+        options.out.parent.mkdir(exist_ok=True)
+        options.out.with_suffix(".md").write_text(report + "\n", encoding="utf-8")
+        with options.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+@contextlib.contextmanager
+def _served(folder: Path) -> Iterator[int]:
+    """Port of a service that is ready."""
+    targets.compile_tools(folder)
+    port = targets.free_port()
+    environment = {
+        f"SPARK_LLM_PATHS__{kind.upper()}": str(folder / {"runtime": "run"}.get(kind, kind))
+        for kind in ("state", "cache", "runtime")
+    }
+    with (folder / "serve.log").open("wb") as log:
+        process = subprocess.Popen(
+            ["spark-llm", "serve", "--profile", "demo", "--port", str(port)],
+            env=os.environ | environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while not _ready(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit((folder / "serve.log").read_text(errors="replace")[-4000:])
+            time.sleep(0.5)
+        yield port
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def _ready(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
+            return bool(answer.status == 200)  # noqa: PLR2004  HTTP
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _load(folder: Path, arguments: tuple[str, ...], seconds: float) -> dict[str, float]:
+    command = [str(folder / "load"), *arguments, "--events", "2", "--seconds", str(seconds)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if not done.stdout:
+        raise SystemExit(done.stderr)
+    seen = json.loads(done.stdout)
+    return {
+        "answers_per_s": round(seen["answers"] / seen["seconds"], 3),
+        "chunks_per_s": round(seen["events"] / seen["seconds"], 1),
+        "first_event_p50_ms": round(seen["first_event_us"]["p50"] / 1e3, 3),
+        "answer_p50_ms": round(seen["answer_us"]["p50"] / 1e3, 3),
+        "wrong": seen["wrong"],
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def _table(rows: list[Row]) -> list[str]:
+    lines = []
+    for case in CASES:
+        lines += [
+            f"{case}:",
+            "",
+            "| way | answers/s | first event p50, ms | answer p50, ms | wrong answers | load average |",
+            "|---|---|---|---|---|---|",
+        ]
+        for way in ("direct", "spark-llm"):
+            mine = [row for row in rows if (row["case"], row["way"]) == (case, way)]
+            cells = [
+                run.spread([float(row[key]) for row in mine], "{:.2f}")
+                for key in ("answers_per_s", "first_event_p50_ms", "answer_p50_ms")
+            ]
+            wrong = sum(int(row["wrong"]) for row in mine)
+            load = run.spread([float(row["load_average"]) for row in mine], "{:.1f}")
+            lines.append(f"| {way} | {' | '.join(cells)} | {wrong} | {load} |")
+        pairs = [
+            (_of(rows, case, "direct", number), _of(rows, case, "spark-llm", number))
+            for number in sorted({int(row["round"]) for row in rows})
+        ]
+        shares = [100 * ours["answers_per_s"] / theirs["answers_per_s"] for theirs, ours in pairs]
+        added = [
+            ours["first_event_p50_ms"] - theirs["first_event_p50_ms"] for theirs, ours in pairs
+        ]
+        lines += [
+            "",
+            f"Answers/s, % of direct, per round: {run.spread(shares, '{:.1f}')}.",
+            f"Added to the first event, ms, per round: {run.spread(added, '{:+.2f}')}.",
+            "",
+        ]
+    return lines
+
+
+def _of(rows: list[Row], case: str, way: str, number: int) -> dict[str, float]:
+    row = next(r for r in rows if (r["case"], r["way"], r["round"]) == (case, way, number))
+    return {key: float(row[key]) for key in ("answers_per_s", "first_event_p50_ms")}
+
+
+if __name__ == "__main__":
+    main()
