@@ -73,20 +73,16 @@ class _BarView:
             self._bars.update(
                 self._total, completed=event.bytes, total=event.total, description=counted
             )
-            if event.file:
-                self._file(event)
+            self._show_files(event)
 
-    def _file(self, event: Progress) -> None:
-        if event.file not in self._files:
-            name = (
-                event.file
-                if len(event.file) <= _NAME_WIDTH
-                else "…" + event.file[1 - _NAME_WIDTH :]
-            )
-            self._files[event.file] = self._bars.add_task(f"  {name}", total=event.file_total)
-        task = self._files[event.file]
-        done = event.file_bytes >= event.file_total
-        self._bars.update(task, completed=event.file_bytes, visible=not done)
+    def _show_files(self, event: Progress) -> None:
+        for path in self._files.keys() - {path for path, _, _ in event.moving}:
+            self._bars.remove_task(self._files.pop(path))
+        for path, done, size in event.moving:
+            if path not in self._files:
+                name = path if len(path) <= _NAME_WIDTH else "…" + path[1 - _NAME_WIDTH :]
+                self._files[path] = self._bars.add_task(f"  {name}", total=size)
+            self._bars.update(self._files[path], completed=done)
 
 
 class _LineView:

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from spark_llm.errors import ConfigError, RefusedError, SparkLlmError, TryAgainError
@@ -32,6 +33,7 @@ class Progress:
         file: the one that moved last.
         file_bytes: done of it, in bytes.
         file_total: its size, in bytes.
+        moving: path, bytes done and size of each file that has begun and is not done, at most sixteen.
     """
 
     phase: str
@@ -44,6 +46,7 @@ class Progress:
     file: str = ""
     file_bytes: int = 0
     file_total: int = 0
+    moving: tuple[tuple[str, int, int], ...] = ()
 
     def status_line(self) -> str:
         """One line for ``STATUS=`` and for terminals that are none."""
@@ -144,12 +147,17 @@ def decode(line: str | bytes) -> Event:
     """
     value = json.loads(line)
     try:
+        if "moving" in value:
+            value["moving"] = tuple(
+                (str(path), int(done), int(size)) for path, done, size in value["moving"]
+            )
         return _KINDS[value.pop("event")](**value)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"not an event: {line!r}") from error
 
 
 _REPORT_EVERY_S = 0.2
+_MOST_MOVING = 16
 
 
 class Reporter:
@@ -165,7 +173,8 @@ class Reporter:
         self._emit, self._phase, self._sizes = emit, phase, sizes
         self._total = sum(sizes.values())
         self._done: dict[str, int] = {}
-        self._bytes, self._finished, self._reported = 0, 0, 0.0
+        self._bytes, self._reported = 0, 0.0
+        self._finished: set[str] = set()
         self._meter = Meter()
         self._lock = threading.Lock()
 
@@ -190,8 +199,8 @@ class Reporter:
         """``path`` is done."""
         self.start_at(path, self._sizes[path])
         with self._lock:
-            self._finished += 1
-        self._report(path, force=self._finished == len(self._sizes))
+            self._finished.add(path)
+        self._report(path, force=len(self._finished) == len(self._sizes))
 
     def _report(self, path: str, *, force: bool = False) -> None:
         with self._lock:
@@ -201,10 +210,24 @@ class Reporter:
             self._reported = now
             rate = self._meter.rate(self._bytes)
             left = (self._total - self._bytes) / rate if rate else None
+            moving = (
+                (name, done, self._sizes[name])
+                for name, done in self._done.items()
+                if done and name not in self._finished
+            )
             event = Progress(
-                self._phase, self._bytes, self._total, round(rate), round(left, 1) if left is not None else None,
-                self._finished, len(self._sizes), path, self._done.get(path, 0), self._sizes.get(path, 0),
-            )  # fmt: skip
+                phase=self._phase,
+                bytes=self._bytes,
+                total=self._total,
+                rate=round(rate),
+                eta_s=round(left, 1) if left is not None else None,
+                files_done=len(self._finished),
+                files=len(self._sizes),
+                file=path,
+                file_bytes=self._done.get(path, 0),
+                file_total=self._sizes.get(path, 0),
+                moving=tuple(islice(moving, _MOST_MOVING)),
+            )
         self._emit(event)
 
 
