@@ -82,9 +82,9 @@ def divide() -> Subtree | None:
     return tree
 
 
-def enter(folder: Path) -> None:
-    """Move this process into a cgroup."""
-    (folder / "cgroup.procs").write_text("0", encoding="ascii")
+def enter(folder: Path, process: int = 0) -> None:
+    """Move a process, by default this one, into a cgroup."""
+    (folder / "cgroup.procs").write_text(str(process), encoding="ascii")
 
 
 def populated(folder: Path) -> bool:

@@ -52,6 +52,8 @@ class Watchman:
             env={name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
             start_new_session=True,  # it guards on while the controller restarts
         )
+        if (tree := cgroup.current()) is not None:
+            cgroup.enter(tree.guard, self._process.pid)
         self._task = asyncio.create_task(self._listen(), name="guard")
 
     async def close(self) -> None:
