@@ -90,6 +90,19 @@ def test_a_captured_graph_replays_on_new_inputs() -> None:
             assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
+def test_a_bfloat16_weight_is_widened_before_the_offset() -> None:
+    """A bfloat16 weight gives what its float32 values give: 1 + w is not rounded to bfloat16."""
+    x, residual = torch.randn(2, 5, 5120, device="cuda").bfloat16()
+    weight = (torch.randn(5120, device="cuda") * 0.1).bfloat16()
+    scale = torch.tensor([100.0], device="cuda")
+    narrow = api.add_rmsnorm_fp4(x, residual, weight, scale)
+    wide = api.add_rmsnorm_fp4(x, residual, weight.float(), scale)
+    assert all(
+        torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(narrow, wide, strict=True)
+    )
+
+
 @pytest.mark.parametrize("hidden", [24, 16400])
 def test_unsupported_widths_are_refused(hidden: int) -> None:
     """A width that is no multiple of 16, or beyond 16384, raises ValueError that says so."""

@@ -23,7 +23,8 @@ def decode_e4m3(bits: np.ndarray) -> np.ndarray:
         np.ldexp(1 + mantissa / 8, exponent.astype(np.int64) - 7),
     )
     value = np.where((bits & 127) == packing.E4M3_NAN, np.nan, value)
-    return np.where(bits >> 7, -value, value)
+    signed: np.ndarray = np.where(bits >> 7, -value, value)
+    return signed
 
 
 def unpack_codes(codes: np.ndarray) -> np.ndarray:

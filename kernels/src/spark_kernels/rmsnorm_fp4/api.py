@@ -13,6 +13,7 @@ from spark_kernels import build, launch
 
 GROUP = 16
 MAX_HIDDEN = 16384
+_WEIGHTS = (torch.float32, torch.bfloat16)
 # Thread blocks a multiprocessor: rows beyond that are walked by the same blocks, weights kept in registers.
 BLOCKS_PER_PROCESSOR = 4
 
@@ -21,7 +22,7 @@ BLOCKS_PER_PROCESSOR = 4
 def _library() -> ctypes.CDLL:
     lib = build.load("rmsnorm_fp4")
     pointer, integer, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
-    lib.sk_rmsnorm_fp4.argtypes = [*([pointer] * 7), real, real, *([integer] * 5), pointer]
+    lib.sk_rmsnorm_fp4.argtypes = [*([pointer] * 7), real, real, *([integer] * 6), pointer]
     return lib
 
 
@@ -56,7 +57,8 @@ def _add_rmsnorm_fp4(
             *map(launch.pointer, (x, residual, weight, global_scale)),
             launch.pointer(residual_out if residual is not None else None),
             *map(launch.pointer, (codes, scales)),
-            *(eps, weight_offset, rows, hidden, int(swizzled), blocks, int(pdl)),
+            *(eps, weight_offset, rows, hidden, int(swizzled)),
+            *(int(weight.dtype is torch.bfloat16), blocks, int(pdl)),
             launch.stream(x),
         )
         launch.check(code, f"add + RMSNorm + NVFP4 [{rows}, {hidden}]")
@@ -102,7 +104,7 @@ def add_rmsnorm_fp4(
     Args:
         x: bfloat16 [M, H], contiguous; H a multiple of 16, at most 16384.
         residual: as x, or None for a norm without an addition.
-        weight: float32 [H].
+        weight: float32 or bfloat16 [H]; widened before the offset is added.
         global_scale: float32, one element on the device; block scales are multiplied by it
             (vLLM's ``input_global_scale``).
         eps: added to the mean square.
@@ -126,8 +128,8 @@ def add_rmsnorm_fp4(
         )
     if residual is not None and (residual.shape != x.shape or residual.dtype is not x.dtype):
         raise ValueError(f"residual must match x, got {residual.dtype} {tuple(residual.shape)}")
-    if weight.dtype is not torch.float32 or weight.shape != (hidden,) or global_scale.numel() != 1:
-        raise ValueError(f"weight must be float32 [{hidden}] and global_scale one float32")
+    if weight.dtype not in _WEIGHTS or weight.shape != (hidden,) or global_scale.numel() != 1:
+        raise ValueError(f"weight must be float32 or bfloat16 [{hidden}], global_scale one float32")
     codes, scales, added = _add_rmsnorm_fp4(
         x.contiguous(),
         None if residual is None else residual.contiguous(),

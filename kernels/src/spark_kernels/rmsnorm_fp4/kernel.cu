@@ -19,13 +19,13 @@ constexpr int kMaxThreads = 1024;  // hidden sizes up to 16384
 struct Args {
   const uint4* x;
   const uint4* residual;
-  const float4* weight;
+  const void* weight;
   const float* global_scale;
   uint4* residual_out;
   uint64_t* codes;
   uint8_t* scales;
   float eps, weight_offset;
-  int rows, groups, swizzled;
+  int rows, groups, swizzled, weight_bf16;
 };
 
 // Two floats to two E2M1 codes, the first in the low nibble.
@@ -70,13 +70,25 @@ __global__ void __launch_bounds__(kMaxThreads) add_rmsnorm_nvfp4(const Args args
   const float count = float(args.groups * kGroup);
 
   float w[kGroup] = {};
-  if (live)
+  if (live) {
+    if (args.weight_bf16) {
 #pragma unroll
-    for (int i = 0; i < kGroup / 4; ++i) {
-      const float4 v = __ldg(args.weight + group * (kGroup / 4) + i);
-      w[4 * i] = __fadd_rn(v.x, args.weight_offset), w[4 * i + 1] = __fadd_rn(v.y, args.weight_offset);
-      w[4 * i + 2] = __fadd_rn(v.z, args.weight_offset), w[4 * i + 3] = __fadd_rn(v.w, args.weight_offset);
+      for (int half = 0; half < 2; ++half) {
+        const uint4 v = __ldg(static_cast<const uint4*>(args.weight) + group * 2 + half);
+        const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) widen(words[i], w[half * 8 + 2 * i], w[half * 8 + 2 * i + 1]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kGroup; i += 4) {
+        const float4 v = __ldg(static_cast<const float4*>(args.weight) + (group * kGroup + i) / 4);
+        w[i] = v.x, w[i + 1] = v.y, w[i + 2] = v.z, w[i + 3] = v.w;
+      }
     }
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) w[i] = __fadd_rn(w[i], args.weight_offset);
+  }
   let_next_kernel_start();
   wait_for_previous_kernel();
   const float global_scale = *args.global_scale;
@@ -151,16 +163,16 @@ __global__ void __launch_bounds__(kMaxThreads) add_rmsnorm_nvfp4(const Args args
 }  // namespace
 
 // Returns a cudaError_t. x, residual, residual_out: bfloat16 [rows, hidden]; residual and residual_out may be NULL together.
-// weight: float32 [hidden]; global_scale: float32 [1] on the device; codes: [rows, hidden / 2]; scales: E4M3 [rows, hidden / 16],
+// weight: float32 [hidden], or bfloat16 if weight_bf16; global_scale: float32 [1] on the device; codes: [rows, hidden / 2]; scales: E4M3 [rows, hidden / 16],
 // or whole 128 x 4 tiles if swizzled. All 16-byte aligned and contiguous; `grid` thread blocks.
 extern "C" int sk_rmsnorm_fp4(const void* x, const void* residual, const void* weight, const void* global_scale,
                               void* residual_out, void* codes, void* scales, float eps, float weight_offset, int rows,
-                              int hidden, int swizzled, int grid, int pdl, void* stream) {
+                              int hidden, int swizzled, int weight_bf16, int grid, int pdl, void* stream) {
   const int groups = hidden / kGroup, padded_groups = (groups + 3) / 4 * 4;
   if (rows < 1 || hidden < kGroup || hidden % kGroup || padded_groups > kMaxThreads || grid < 1) return cudaErrorInvalidValue;
-  const Args args{static_cast<const uint4*>(x), static_cast<const uint4*>(residual), static_cast<const float4*>(weight),
+  const Args args{static_cast<const uint4*>(x), static_cast<const uint4*>(residual), weight,
                   static_cast<const float*>(global_scale), static_cast<uint4*>(residual_out), static_cast<uint64_t*>(codes),
-                  static_cast<uint8_t*>(scales), eps, weight_offset, rows, groups, swizzled};
+                  static_cast<uint8_t*>(scales), eps, weight_offset, rows, groups, swizzled, weight_bf16};
   auto kernel = residual ? add_rmsnorm_nvfp4<true> : add_rmsnorm_nvfp4<false>;
   return launch_with(pdl, kernel, dim3(grid), (padded_groups + 31) / 32 * 32, 0, static_cast<cudaStream_t>(stream), args);
 }
