@@ -63,7 +63,10 @@ def load(path: Path) -> tuple[Key, ...]:
         ConfigError: the file is damaged. It is never read as "no keys", which would open the door.
     """
     try:
-        return tuple(Key(**item) for item in json.loads(path.read_bytes()))
+        listed = json.loads(path.read_bytes())
+        if not isinstance(listed, list):
+            raise TypeError("it holds no list")  # noqa: TRY301  one place turns it into our error
+        return tuple(Key(**item) for item in listed)
     except FileNotFoundError:
         return ()
     except (OSError, ValueError, TypeError) as error:
