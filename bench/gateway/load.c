@@ -3,7 +3,8 @@
  *
  *   load (--uds PATH | --port N) [--clients 1] [--seconds 5] [--warm-up 1] [--events 66] [--max-tokens 65]
  *
- * Prints one JSON object; "with_warm_up" counts all answers, the other figures leave the warm-up out. An answer counts as wrong if its status is not 200 or it has fewer than --events events
+ * Prints one JSON object; "with_warm_up" counts all answers, the other figures leave the warm-up out;
+ * "events" counts those of unfinished answers too. An answer counts as wrong if its status is not 200 or it has fewer than --events events
  * (LiteLLM adds some). Times are in microseconds: "first_event_us" from the request's write to the first whole event,
  * "answer_us" to the answer's end.
  */
@@ -83,6 +84,7 @@ static int take(struct client *c, const char *data, size_t n, double now) {
         if (data[i] == '\n' && c->last == '\n') c->events++; /* the head's empty line is CR LF CR LF */
         c->last = data[i];
     }
+    if (now >= measure_from) n_events += c->events - before;
     if (!before && c->events && now >= measure_from && n_first < MAX_SAMPLES) first[n_first++] = (float)(now - c->asked);
     c->got += n;
     for (size_t i = n > 7 ? n - 7 : 0; i < n; i++) {
@@ -154,7 +156,6 @@ int main(int argc, char **argv) {
             n_all++;
             if (now >= measure_from) {
                 if (strncmp(c->status, "HTTP/1.1 200", 12) || c->events < wanted_events) n_wrong++;
-                n_events += c->events;
                 if (n_whole < MAX_SAMPLES) whole[n_whole++] = (float)(now - c->asked);
             }
             ask(c);

@@ -35,13 +35,13 @@ def main() -> None:
     """Alternate between the two ways to the engine; print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.md")
     options = parser.parse_args()
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as name, _served(Path(name)) as port:
         ways = {
-            "direct": ("--uds", f"{name}/run/engine.sock"),
+            "direct": ("--uds", str(next(Path(name, "run").glob("*.sock")))),
             "spark-llm": ("--port", str(port)),
         }
         for number in range(1, options.rounds + 1):
@@ -129,14 +129,14 @@ def _table(rows: list[Row]) -> list[str]:
         lines += [
             f"{case}:",
             "",
-            "| way | answers/s | first event p50, ms | answer p50, ms | wrong answers | load average |",
+            "| way | chunks/s | first event p50, ms | answer p50, ms | wrong answers | load average |",
             "|---|---|---|---|---|---|",
         ]
         for way in ("direct", "spark-llm"):
             mine = [row for row in rows if (row["case"], row["way"]) == (case, way)]
             cells = [
                 run.spread([float(row[key]) for row in mine], "{:.2f}")
-                for key in ("answers_per_s", "first_event_p50_ms", "answer_p50_ms")
+                for key in ("chunks_per_s", "first_event_p50_ms", "answer_p50_ms")
             ]
             wrong = sum(int(row["wrong"]) for row in mine)
             load = run.spread([float(row["load_average"]) for row in mine], "{:.1f}")
@@ -145,13 +145,13 @@ def _table(rows: list[Row]) -> list[str]:
             (_of(rows, case, "direct", number), _of(rows, case, "spark-llm", number))
             for number in sorted({int(row["round"]) for row in rows})
         ]
-        shares = [100 * ours["answers_per_s"] / theirs["answers_per_s"] for theirs, ours in pairs]
+        shares = [100 * ours["chunks_per_s"] / theirs["chunks_per_s"] for theirs, ours in pairs]
         added = [
             ours["first_event_p50_ms"] - theirs["first_event_p50_ms"] for theirs, ours in pairs
         ]
         lines += [
             "",
-            f"Answers/s, % of direct, per round: {run.spread(shares, '{:.1f}')}.",
+            f"Chunks/s, % of direct, per round: {run.spread(shares, '{:.1f}')}.",
             f"Added to the first event, ms, per round: {run.spread(added, '{:+.2f}')}.",
             "",
         ]
@@ -160,7 +160,7 @@ def _table(rows: list[Row]) -> list[str]:
 
 def _of(rows: list[Row], case: str, way: str, number: int) -> dict[str, float]:
     row = next(r for r in rows if (r["case"], r["way"], r["round"]) == (case, way, number))
-    return {key: float(row[key]) for key in ("answers_per_s", "first_event_p50_ms")}
+    return {key: float(row[key]) for key in ("chunks_per_s", "first_event_p50_ms")}
 
 
 if __name__ == "__main__":
