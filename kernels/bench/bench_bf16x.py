@@ -4,7 +4,6 @@ import functools
 
 import torch
 from run import Case, Provider, rotations
-
 from spark_kernels.bf16x import api
 
 NAMED = [(16384, 5120), (5120, 6144), (5120, 17408), (248320, 5120)]
@@ -14,7 +13,9 @@ CASES = [Case(n, k, m) for n, k in NAMED for m in (1, 4, 8)]
 @functools.cache
 def weights(n: int, k: int) -> tuple[list[torch.Tensor], list[api.Coded]]:
     """Return copies of an (n, k) normal weight, plain and coded; the last shape's alone are kept."""
-    plain = [(torch.randn(n, k, device="cuda") * k**-0.5).bfloat16() for _ in range(rotations(2 * n * k))]
+    plain = [
+        (torch.randn(n, k, device="cuda") * k**-0.5).bfloat16() for _ in range(rotations(2 * n * k))
+    ]
     return plain, [api.encode(w) for w in plain]
 
 

@@ -4,7 +4,6 @@ import functools
 
 import torch
 from run import Case, Provider, rotations
-
 from spark_kernels.bf16x import api
 
 SMALL = [(6144, 4096), (4096, 4096), (1024, 5120), (96, 5120)]
@@ -14,7 +13,9 @@ CASES = [Case(n, k, m) for n, k in SMALL for m in (1, 8)]
 @functools.cache
 def weights(n: int, k: int) -> tuple[list[torch.Tensor], list[api.Coded]]:
     """Return copies of an (n, k) normal weight, plain and coded; the last shape's alone are kept."""
-    plain = [(torch.randn(n, k, device="cuda") * k**-0.5).bfloat16() for _ in range(rotations(2 * n * k))]
+    plain = [
+        (torch.randn(n, k, device="cuda") * k**-0.5).bfloat16() for _ in range(rotations(2 * n * k))
+    ]
     return plain, [api.encode(w) for w in plain]
 
 

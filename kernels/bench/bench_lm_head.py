@@ -8,7 +8,6 @@ import functools
 
 import torch
 from run import Case, Provider
-
 from spark_kernels.lm_head import api
 
 CASES = [Case(n, k, m) for n, k in [(248320, 5120), (151936, 4096)] for m in (1, 4, 8, 16)]
@@ -30,8 +29,20 @@ def providers(case: Case) -> dict[str, Provider]:
     coarse = case.n * (case.k + 16) + 2 * case.k * rescored
     full = 2 * case.n * (case.k + case.m)
     return {
-        "screened": Provider([functools.partial(api.greedy, screened, x)], coarse + 8 * case.n * case.m),
-        "cuBLAS + argmax": Provider([lambda: torch.nn.functional.linear(x, screened.weight).argmax(-1)], full),
-        "screened logits, top 1": Provider([functools.partial(api.top_logits, screened, x, 1)], coarse + 10 * case.n * case.m),
-        "screened logits, top 50": Provider([functools.partial(api.top_logits, screened, x, 50)], coarse + 14 * case.n * case.m),
+        "screened": Provider(
+            [functools.partial(api.greedy, screened, x)], coarse + 8 * case.n * case.m
+        ),
+        "cuBLAS + argmax": Provider(
+            [lambda: torch.nn.functional.linear(x, screened.weight).argmax(-1)], full
+        ),
+        "screened logits, top 1": Provider(
+            [functools.partial(api.top_logits, screened, x, 1)],
+            coarse + 10 * case.n * case.m,
+            peer=False,
+        ),
+        "screened logits, top 50": Provider(
+            [functools.partial(api.top_logits, screened, x, 50)],
+            coarse + 14 * case.n * case.m,
+            peer=False,
+        ),
     }

@@ -8,6 +8,7 @@ point at a permutation of the embeddings, so that its logits are as peaked as a 
 flat random logits two correct engines part at the first near-tie.
 """
 
+# ruff: noqa: PLC0415 - a command imports torch or vLLM only when it needs it
 import argparse
 import json
 import os
@@ -15,10 +16,20 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 4096, 12288, 20, 32, 8, 128, 151936
+HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = (
+    4096,
+    12288,
+    20,
+    32,
+    8,
+    128,
+    151936,
+)
 SEED = 20261121
 # name -> (SPARK_KERNELS, all bf16x tiles stored plain: same sums, no code)
 VARIANTS = {
@@ -47,7 +58,9 @@ def write_model(folder: Path) -> None:
         return torch.randn(*shape, generator=generator, device=device) * std
 
     def nvfp4(name: str, n: int, k: int) -> None:
-        codes = torch.randint(0, 256, (n, k // 2), generator=generator, device=device, dtype=torch.uint8)
+        codes = torch.randint(
+            0, 256, (n, k // 2), generator=generator, device=device, dtype=torch.uint8
+        )
         scale = torch.rand(n, k // 16, generator=generator, device=device) * 200 + 40
         tensors[f"{name}.weight_packed"] = codes.cpu()
         tensors[f"{name}.weight_scale"] = scale.to(torch.float8_e4m3fn).cpu()
@@ -56,8 +69,11 @@ def write_model(folder: Path) -> None:
 
     embedding = normal(VOCABULARY, HIDDEN, std=1.0).bfloat16()
     permutation = torch.randperm(VOCABULARY, generator=generator, device=device)
-    head = embedding[permutation].float() * 0.006 + normal(VOCABULARY, HIDDEN, std=0.02)
-    tensors["model.embed_tokens.weight"], tensors["lm_head.weight"] = embedding.cpu(), head.bfloat16().cpu()
+    head = embedding[permutation].float() * 0.02 + normal(VOCABULARY, HIDDEN, std=0.02)
+    tensors["model.embed_tokens.weight"], tensors["lm_head.weight"] = (
+        embedding.cpu(),
+        head.bfloat16().cpu(),
+    )
     tensors["model.norm.weight"] = torch.ones(HIDDEN).bfloat16()
     for i in range(LAYERS):
         layer = f"model.layers.{i}"
@@ -76,7 +92,14 @@ def write_model(folder: Path) -> None:
         for name in ("q_norm", "k_norm"):
             tensors[f"{layer}.self_attn.{name}.weight"] = torch.ones(HEAD_DIM).bfloat16()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, "symmetric": True, "dynamic": False}
+    weights = {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "symmetric": True,
+        "dynamic": False,
+    }
     config = {
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",
@@ -100,12 +123,23 @@ def write_model(folder: Path) -> None:
             "quant_method": "compressed-tensors",
             "format": "nvfp4-pack-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}},
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "weights": weights,
+                    "input_activations": None,
+                    "output_activations": None,
+                }
+            },
             "ignore": ["re:.*self_attn.*", "lm_head"],
         },
     }
     (folder / "config.json").write_text(json.dumps(config, indent=1))
-    count = sum(t.numel() * (2 if name.endswith("packed") else 1) for name, t in tensors.items() if "scale" not in name)
+    count = sum(
+        t.numel() * (2 if name.endswith("packed") else 1)
+        for name, t in tensors.items()
+        if "scale" not in name
+    )
     print(f"{count / 1e9:.2f} B parameters, {sum(t.nbytes for t in tensors.values()) / 1e9:.2f} GB")
 
 
@@ -116,6 +150,28 @@ def store_tiles_plain() -> None:
     encode = api.encode
     api.encode = lambda weight: encode(weight, force_plain=True)
     selection.Selection.worth = lambda self, coded, plain: True  # noqa: ARG005
+
+
+def gpu_busy_s(run: Callable[[], object]) -> float:
+    """Return the seconds in which at least one kernel ran: free of what the host does between steps.
+
+    Kernels that start before their predecessor's end (programmatic dependent launch) count once.
+    """
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    spans = sorted(
+        (e.time_range.start, e.time_range.end)
+        for e in profile.events()
+        if e.device_type == torch.autograd.DeviceType.CUDA
+    )
+    busy = until = 0.0
+    for start, end in spans:
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return busy * 1e-6
 
 
 def run_variant(folder: Path, name: str) -> dict[str, Any]:
@@ -135,23 +191,43 @@ def run_variant(folder: Path, name: str) -> dict[str, Any]:
         max_num_batched_tokens=2048,
         gpu_memory_utilization=0.6,
         enable_prefix_caching=False,
-        compilation_config={"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 2, 4, 8]},
+        compilation_config={
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [1, 2, 4, 8],
+        },
         linear_backend="marlin",  # what vLLM picks for weight-only NVFP4 on SM 12.1; its choice for SM 9.0 is another
         disable_log_stats=True,
     )
     loaded = time.perf_counter() - started
     generator = torch.Generator().manual_seed(SEED)
     prompts = torch.randint(1, VOCABULARY, (8, PROMPT), generator=generator).tolist()
-    resident = llm.apply_model(lambda m: sum(t.untyped_storage().nbytes() for t in {*m.parameters(), *m.buffers()}))[0]
+    resident = llm.apply_model(
+        lambda m: sum(t.untyped_storage().nbytes() for t in {*m.parameters(), *m.buffers()})
+    )[0]
 
-    def generate(batch: list[list[int]], length: int, **extra: Any) -> tuple[float, list[Any]]:
-        params = SamplingParams(temperature=0, max_tokens=length, min_tokens=0, ignore_eos=True, detokenize=False, **extra)
-        torch.cuda.synchronize()
+    def generate(batch: list[list[int]], length: int, **extra: Any) -> tuple[float, list[Any]]:  # noqa: ANN401
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=length,
+            min_tokens=0,
+            ignore_eos=True,
+            detokenize=False,
+            **extra,
+        )
         start = time.perf_counter()
         outputs = llm.generate([{"prompt_token_ids": p} for p in batch], params, use_tqdm=False)
         return time.perf_counter() - start, [o.outputs[0] for o in outputs]
 
-    result: dict[str, Any] = {"variant": name, "load_s": loaded, "resident_bytes": resident, "repeats_equal": True, "decode": {}, "tokens": {}}
+    result: dict[str, Any] = {
+        "variant": name,
+        "load_s": loaded,
+        "resident_bytes": resident,
+        "repeats_equal": True,
+        "decode": {},
+        "gpu_ms_per_step": {},
+        "tokens": {},
+    }
     for batch in (1, 4, 8):
         generate(prompts[:batch], SHORT)
         rates, tokens = [], []
@@ -161,10 +237,20 @@ def run_variant(folder: Path, name: str) -> dict[str, Any]:
             rates.append(batch * (LONG - SHORT) / (long - short))
             tokens.append([list(o.token_ids) for o in outputs])
         result["repeats_equal"] &= all(t == tokens[0] for t in tokens)
-        result["decode"][batch] = {"tok_s": statistics.median(rates), "min": min(rates), "max": max(rates)}
+        result["decode"][batch] = {
+            "tok_s": statistics.median(rates),
+            "min": min(rates),
+            "max": max(rates),
+        }
         result["tokens"][batch] = tokens[0]
+        short, long = (
+            gpu_busy_s(partial(generate, prompts[:batch], n)) for n in (SHORT, LONG // 2)
+        )
+        result["gpu_ms_per_step"][batch] = (long - short) / (LONG // 2 - SHORT) * 1e3
     _, scored = generate(prompts[:4], SHORT, logprobs=4)
-    result["logprobs"] = [[sorted((t, p.logprob) for t, p in step.items()) for step in o.logprobs] for o in scored]
+    result["logprobs"] = [
+        [sorted((t, p.logprob) for t, p in step.items()) for step in o.logprobs] for o in scored
+    ]
     flat = torch.randint(1, VOCABULARY, (1, 2000), generator=generator).tolist()
     generate(flat, 1)
     result["prefill_2000_s"] = min(generate(flat, 1)[0] for _ in range(3))
@@ -177,20 +263,37 @@ def compare(folder: Path, out: Path, variants: list[str]) -> None:
     results = {}
     for name in variants:
         path = out / f"{name.replace(' ', '').replace('+', '-').replace(',', '-')}.json"
-        env = {**os.environ, "SPARK_KERNELS": VARIANTS[name][0], "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        # In one process every variant sees the same batches, so equal sums give equal bits.
+        env = {
+            **os.environ,
+            "SPARK_KERNELS": VARIANTS[name][0],
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        }
         with (path.with_suffix(".log")).open("w") as log:
             done = subprocess.run(
-                [sys.executable, __file__, "variant", str(folder), name, str(path)], env=env, stdout=log, stderr=log, check=False
+                [sys.executable, __file__, "variant", str(folder), name, str(path)],
+                env=env,
+                stdout=log,
+                stderr=log,
+                check=False,
             )
         if done.returncode:
-            print(f"{name}: exit {done.returncode}\n" + path.with_suffix(".log").read_text()[-3000:], flush=True)
+            print(
+                f"{name}: exit {done.returncode}\n" + path.with_suffix(".log").read_text()[-3000:],
+                flush=True,
+            )
             continue
         results[name] = json.loads(path.read_text())
         print(summary(results[name], results.get("off")), flush=True)
         path.unlink()
     if {"bf16x", "bf16x, tiles plain"} <= results.keys():
         a, b = results["bf16x"], results["bf16x, tiles plain"]
-        print("coded = plain tiles: tokens", a["tokens"] == b["tokens"], "log probabilities, bit for bit", a["logprobs"] == b["logprobs"])
+        same = {
+            "tokens": a["tokens"] == b["tokens"],
+            "logprobs_bit_for_bit": a["logprobs"] == b["logprobs"],
+        }
+        print("coded = plain tiles:", same)
+        a["equal_to_plain_tiles"] = same
     for result in results.values():
         del result["tokens"], result["logprobs"]
     (out / "engine.json").write_text(json.dumps(results, indent=1))
@@ -198,18 +301,45 @@ def compare(folder: Path, out: Path, variants: list[str]) -> None:
 
 def summary(result: dict[str, Any], off: dict[str, Any] | None) -> str:
     """Return one line: resident bytes, decode rates and their ratios, equal tokens, prefill."""
-    parts = [f"{result['variant']}: {result['resident_bytes'] / 1e9:.3f} GB resident, load {result['load_s']:.0f} s"]
+    parts = [
+        f"{result['variant']}: {result['resident_bytes'] / 1e9:.3f} GB resident, load {result['load_s']:.0f} s"
+    ]
     for batch, rate in result["decode"].items():
         ratio = f" x{rate['tok_s'] / off['decode'][batch]['tok_s']:.3f}" if off else ""
-        parts.append(f"batch {batch}: {rate['tok_s']:.1f} ({rate['min']:.1f}-{rate['max']:.1f}) tok/s{ratio}")
+        parts.append(
+            f"batch {batch}: {rate['tok_s']:.1f} ({rate['min']:.1f}-{rate['max']:.1f}) tok/s{ratio}"
+        )
+        step = result["gpu_ms_per_step"][batch]
+        ratio = f" x{off['gpu_ms_per_step'][batch] / step:.3f}" if off else ""
+        parts.append(f"GPU {step:.3f} ms a step{ratio}")
     parts.append(f"repeats equal: {result['repeats_equal']}")
     if off:
-        sequences = [(p, q) for b in off["tokens"] for p, q in zip(off["tokens"][b], result["tokens"][b], strict=True)]
-        until = [next((i for i, (x, y) in enumerate(zip(p, q, strict=True)) if x != y), LONG) for p, q in sequences]
-        parts.append(f"equal to off: {until.count(LONG)} of {len(until)} sequences of {LONG} tokens, {sum(until)} tokens before the first that differs")
-        steps = [(x, y) for p, q in zip(off["logprobs"], result["logprobs"], strict=True) for x, y in zip(p, q, strict=True)]
-        same = [abs(u[1] - v[1]) for x, y in steps for u, v in zip(x, y, strict=True) if [t for t, _ in x] == [t for t, _ in y]]
-        parts.append(f"largest difference of a log probability {max(same, default=float('nan')):.4f}")
+        sequences = [
+            (p, q)
+            for b in off["tokens"]
+            for p, q in zip(off["tokens"][b], result["tokens"][b], strict=True)
+        ]
+        until = [
+            next((i for i, (x, y) in enumerate(zip(p, q, strict=True)) if x != y), LONG)
+            for p, q in sequences
+        ]
+        equal = until.count(LONG)
+        parts.append(f"equal to off: {equal} of {len(until)} sequences of {LONG} tokens")
+        parts.append(f"{sum(until)} tokens before the first that differs")
+        steps = [
+            (x, y)
+            for p, q in zip(off["logprobs"], result["logprobs"], strict=True)
+            for x, y in zip(p, q, strict=True)
+        ]
+        same = [
+            abs(u[1] - v[1])
+            for x, y in steps
+            for u, v in zip(x, y, strict=True)
+            if [t for t, _ in x] == [t for t, _ in y]
+        ]
+        parts.append(
+            f"largest difference of a log probability {max(same, default=float('nan')):.4f}"
+        )
         result["sequences_equal"], result["tokens_until_difference"] = until.count(LONG), sum(until)
     parts.append(f"prefill of 2000: {result['prefill_2000_s'] * 1e3:.1f} ms")
     return "; ".join(parts)
@@ -217,7 +347,9 @@ def summary(result: dict[str, Any], off: dict[str, Any] | None) -> str:
 
 def main() -> None:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     sub = parser.add_subparsers(dest="command", required=True)
     for name, extra in (("model", []), ("compare", ["out"]), ("variant", ["name", "out"])):
         command = sub.add_parser(name)
@@ -225,7 +357,9 @@ def main() -> None:
         for argument in extra:
             command.add_argument(argument)
         if name == "compare":
-            command.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS))
+            command.add_argument(
+                "--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS)
+            )
     args = parser.parse_args()
     if args.command == "model":
         write_model(args.folder)

@@ -21,7 +21,20 @@ import torch
 
 ROUNDS = 15
 CALLS = 24  # of one graph, at least
-COLUMNS = ["device", "op", "shape", "m", "provider", "us", "us_p10", "us_p90", "bytes", "gbps", "peer", "ratio"]
+COLUMNS = [
+    "device",
+    "op",
+    "shape",
+    "m",
+    "provider",
+    "us",
+    "us_p10",
+    "us_p90",
+    "bytes",
+    "gbps",
+    "peer",
+    "ratio",
+]
 
 
 @dataclass(frozen=True)
@@ -40,10 +53,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Provider:
-    """``calls`` enqueue one call each, on different copies of the inputs; ``nbytes`` is what one has to move."""
+    """``calls`` enqueue one call each, on different copies of the inputs; ``nbytes`` is what one has to move.
+
+    ``peer`` is False for another form of our own kernel: timed, but nothing to be compared with.
+    """
 
     calls: Sequence[Callable[[], object]]
     nbytes: int
+    peer: bool = True
 
 
 def rotations(nbytes: int) -> int:
@@ -90,9 +107,10 @@ def rows(op: str, case: Case, providers: dict[str, Provider]) -> list[dict[str, 
     """Measure one case. ``ratio`` is the peer's time over ours, in our provider's row once a peer."""
     times = measure(providers)
     median = {name: statistics.median(values) for name, values in times.items()}
-    ours, *peers = providers
+    ours, *others = providers
+    peers = [name for name in others if providers[name].peer]
     found: list[dict[str, object]] = []
-    for name, peer in [(ours, peer) for peer in peers or [""]] + [(peer, "") for peer in peers]:
+    for name, peer in [(ours, peer) for peer in peers or [""]] + [(name, "") for name in others]:
         values, nbytes = times[name], providers[name].nbytes
         found.append(
             {
@@ -118,7 +136,9 @@ def geometric_means(found: list[dict[str, object]]) -> dict[tuple[str, str], flo
     groups: dict[tuple[str, str], list[float]] = {}
     for row in found:
         if row["peer"]:
-            groups.setdefault((str(row["op"]), str(row["peer"])), []).append(float(str(row["ratio"])))
+            groups.setdefault((str(row["op"]), str(row["peer"])), []).append(
+                float(str(row["ratio"]))
+            )
     return {key: statistics.geometric_mean(values) for key, values in groups.items()}
 
 
@@ -132,12 +152,16 @@ def copy_ceiling() -> float:
 
 def main() -> None:
     """Run the named operations."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("ops", nargs="+")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     torch.manual_seed(20261121)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copy {copy_ceiling():.0f} GB/s")
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}; copy {copy_ceiling():.0f} GB/s"
+    )
     found: list[dict[str, object]] = []
     for op in args.ops:
         module = importlib.import_module(f"bench_{op}")
@@ -146,7 +170,9 @@ def main() -> None:
                 found.append(row)
                 against = f"  x{row['ratio']} of {row['peer']}" if row["peer"] else ""
                 spread = f"({row['us_p10']}-{row['us_p90']})"
-                print(f"{op} {row['shape']:>14} m={row['m']:<2} {row['provider']:<20} {row['us']:>8} us {spread:<20} {row['gbps']:>5} GB/s{against}", flush=True)
+                what = f"{op} {row['shape']:>14} m={row['m']:<2} {row['provider']:<24}"
+                figures = f"{row['us']:>8} us {spread:<20} {row['gbps']:>5} GB/s"
+                print(what + figures + against, flush=True)
             gc.collect()
             torch.cuda.empty_cache()
     for (op, peer), mean in geometric_means(found).items():

@@ -1,9 +1,10 @@
 """The machine code of bf16x and lm_head: no local memory, the matrix instructions meant, few beside them."""
 
-from pathlib import Path
+import itertools
 
 import pytest
 from spark_kernels import build
+
 from tests.kernels import sass
 
 ARCHS = ["90a", "120f", "121a"]
@@ -14,16 +15,19 @@ GB10_BYTES_PER_CLOCK = 273e9 / 48 / 2.42e9  # a multiprocessor's share of the me
 def straight(function: sass.Function, pattern: str) -> tuple[str, ...]:
     """Return the stretch between two labels with the most instructions of ``pattern``: the main loop's body."""
     cuts = sorted({0, len(function.lines), *function.labels.values()})
-    stretches = [function.lines[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    stretches = [function.lines[a:b] for a, b in itertools.pairwise(cuts)]
     return max(stretches, key=lambda body: sass.Function("", body, {}).count(pattern))
 
 
 @pytest.fixture(scope="module", params=ARCHS)
 def kernels(
-    request: pytest.FixtureRequest, nvcc: str, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    nvcc: str,
+    nvdisasm: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, sass.Function]:
     """Both operations' kernels for one target; a spill is a build error."""
-    del nvcc
+    del nvcc, nvdisasm
     found: dict[str, sass.Function] = {}
     for op in ("bf16x", "lm_head"):
         cubin = tmp_path_factory.mktemp("cubin") / f"{op}.cubin"

@@ -32,10 +32,18 @@ def _register_row(decision: policy.Decision) -> None:
     try:
         getattr(importlib.import_module(module), function)(row.options)
     except Exception as error:  # noqa: BLE001 - whatever is missing, the engine goes on without it
-        logger.warning("spark_kernels: %s stays off: %s: %s", row.kernel, type(error).__name__, error)
+        logger.warning(
+            "spark_kernels: %s stays off: %s: %s", row.kernel, type(error).__name__, error
+        )
         return
     _registered.add(row.kernel)
-    logger.info("spark_kernels %s: %s serves %s (%s)", __version__, row.kernel, row.operation, decision.reason)
+    logger.info(
+        "spark_kernels %s: %s serves %s (%s)",
+        __version__,
+        row.kernel,
+        row.operation,
+        decision.reason,
+    )
 
 
 def register(environ: Mapping[str, str] = os.environ) -> None:

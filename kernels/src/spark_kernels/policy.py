@@ -103,7 +103,9 @@ def decide(row: Row, switches: Switches, capability: tuple[int, int] | None) -> 
         return Decision(row, on=False, reason=f"switched off in {VARIABLE}")
     if capability != GB10 and not switches.force:
         found = f"SM {capability[0]}.{capability[1]}"
-        return Decision(row, on=False, reason=f"measured for SM 12.1, this is {found}; {VARIABLE}=force to try")
+        return Decision(
+            row, on=False, reason=f"measured for SM 12.1, this is {found}; {VARIABLE}=force to try"
+        )
     return Decision(row, on=True, reason="forced" if capability != GB10 else "GB10")
 
 
@@ -115,5 +117,7 @@ def main(argv: Sequence[str]) -> int:
         sys.stdout.write(f"{row.operation}: {row.choice}{switch}\n")
         if row.instead_of:
             sys.stdout.write(f"    instead of {row.instead_of}\n")
-        sys.stdout.write(textwrap.fill(row.evidence, 96, initial_indent="    ", subsequent_indent="    ") + "\n")
+        sys.stdout.write(
+            textwrap.fill(row.evidence, 96, initial_indent="    ", subsequent_indent="    ") + "\n"
+        )
     return 0

@@ -22,7 +22,9 @@ def make(n: int, k: int, kind: str) -> "torch.Tensor":
     """Return finite weights that code well, with many escapes, or with rows of very different size."""
     w = (torch.randn(n, k, device="cuda") * 0.02).bfloat16()
     if kind == "escapes":
-        tiny = torch.randn(n, k, device="cuda") * 2.0 ** torch.randint(-60, 3, (n, k), device="cuda")
+        tiny = torch.randn(n, k, device="cuda") * 2.0 ** torch.randint(
+            -60, 3, (n, k), device="cuda"
+        )
         w = torch.where(torch.rand(n, k, device="cuda") < 0.004, tiny.bfloat16(), w)
     if kind == "row scales":
         w = (w.float() * 2.0 ** torch.randint(-12, 12, (n, 1), device="cuda")).bfloat16()
@@ -146,7 +148,7 @@ def test_weights_that_cannot_be_coded_are_refused(bad: str) -> None:
 
 
 def test_the_operator_is_well_formed() -> None:
-    """torch's own checks of a custom operator pass: schema, fake tensors, tracing."""
+    """Torch's own checks of a custom operator pass: schema, fake tensors, tracing."""
     w, x = make(64, 128, "normal"), torch.randn(3, 128, device="cuda").bfloat16()
     c = api.encode(w)
     torch.library.opcheck(

@@ -20,8 +20,10 @@ def exact(w: "torch.Tensor", x: "torch.Tensor") -> "torch.Tensor":
 
 
 def winner_is_right(w: "torch.Tensor", x: "torch.Tensor", winners: "torch.Tensor") -> None:
-    """Accept the argmax of the rounded logits; where a logit lies within a float32 sum's error of the
-    boundary between two bf16 values, either rounding is a correct head's.
+    """Accept the argmax of the rounded logits.
+
+    Where a logit lies within a float32 sum's error of the boundary between two bf16 values, either
+    rounding is a correct head's.
     """
     logits = exact(w, x)
     slack = w.shape[1] * 2**-24 * (x.double().abs() @ w.double().abs().t())

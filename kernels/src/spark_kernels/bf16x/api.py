@@ -1,5 +1,6 @@
 """The bf16x linear layer in torch: encode once after loading, then apply at every step."""
 
+# ruff: noqa: PLR0913, PLR0917 - torch operators take their tensors one by one, in order
 from __future__ import annotations
 
 import ctypes
@@ -59,9 +60,13 @@ class Coded:
 
 def _checked(weight: torch.Tensor) -> torch.Tensor:
     if weight.dtype != torch.bfloat16 or weight.dim() != 2:  # noqa: PLR2004 - a matrix
-        raise UnsupportedWeightError(f"bf16x takes a bfloat16 matrix, not {weight.dtype} {tuple(weight.shape)}")
+        raise UnsupportedWeightError(
+            f"bf16x takes a bfloat16 matrix, not {weight.dtype} {tuple(weight.shape)}"
+        )
     if weight.shape[1] % 8 or min(weight.shape) == 0:
-        raise UnsupportedWeightError(f"bf16x takes a K that is a multiple of 8, not {tuple(weight.shape)}")
+        raise UnsupportedWeightError(
+            f"bf16x takes a K that is a multiple of 8, not {tuple(weight.shape)}"
+        )
     return weight if weight.stride(1) == 1 else weight.contiguous()
 
 
@@ -76,10 +81,10 @@ def encode(weight: torch.Tensor, *, force_plain: bool = False) -> Coded:
         UnsupportedWeightError: dtype or shape.
     """
     weight = _checked(weight)
-    return _encode_cuda(weight, force_plain) if weight.is_cuda else _encode_host(weight)
+    return _encode_cuda(weight, force_plain=force_plain) if weight.is_cuda else _encode_host(weight)
 
 
-def _encode_cuda(weight: torch.Tensor, force_plain: bool) -> Coded:
+def _encode_cuda(weight: torch.Tensor, *, force_plain: bool) -> Coded:
     n, k = weight.shape
     shape = Shape(n, k)
     lib, device = build.load("bf16x"), weight.device
@@ -99,7 +104,9 @@ def _encode_cuda(weight: torch.Tensor, force_plain: bool) -> Coded:
     side = torch.zeros(max(4, int(ends[-1])), dtype=torch.int32, device=device)
     run(coded, side, ends - words)
     arrivals = torch.zeros(shape.strips, dtype=torch.int32, device=device)
-    return Coded(n, k, coded, side, arrivals, int(escapes.clamp(min=0).sum()), int((escapes < 0).sum()))
+    return Coded(
+        n, k, coded, side, arrivals, int(escapes.clamp(min=0).sum()), int((escapes < 0).sum())
+    )
 
 
 def _encode_host(weight: torch.Tensor) -> Coded:
@@ -108,7 +115,9 @@ def _encode_host(weight: torch.Tensor) -> Coded:
     done = encode_host(weight.view(torch.uint16).numpy())
     side = torch.from_numpy(done.side.view("int32"))
     arrivals = torch.zeros(done.shape.strips, dtype=torch.int32)
-    return Coded(*weight.shape, torch.from_numpy(done.stream), side, arrivals, done.escapes, done.plain_tiles)
+    return Coded(
+        *weight.shape, torch.from_numpy(done.stream), side, arrivals, done.escapes, done.plain_tiles
+    )
 
 
 @functools.cache
@@ -142,11 +151,21 @@ def _decode_step(x: torch.Tensor, coded: torch.Tensor, side: torch.Tensor, arriv
     return out
 
 
-def decode_rows(coded: torch.Tensor, side: torch.Tensor, n: int, k: int, first_strip: int, panel: torch.Tensor) -> torch.Tensor:
-    """Decode whole strips from ``first_strip`` into ``panel`` (rows a multiple of 16, k); return the rows that exist."""
+def decode_rows(
+    coded: torch.Tensor, side: torch.Tensor, n: int, k: int, first_strip: int, panel: torch.Tensor
+) -> torch.Tensor:
+    """Decode strips from ``first_strip`` on into ``panel`` (16 rows each, k); return the rows that exist."""
     strips = min(panel.shape[0] // 16, Shape(n, k).strips - first_strip)
     code = _lib().sk_bf16x_decode(
-        coded.data_ptr(), side.data_ptr(), panel.data_ptr(), panel.stride(0), n, k, first_strip, strips, stream(panel)
+        coded.data_ptr(),
+        side.data_ptr(),
+        panel.data_ptr(),
+        panel.stride(0),
+        n,
+        k,
+        first_strip,
+        strips,
+        stream(panel),
     )
     check(code, "bf16x decode")
     return panel[: min(strips * 16, n - first_strip * 16)]
@@ -154,11 +173,17 @@ def decode_rows(coded: torch.Tensor, side: torch.Tensor, n: int, k: int, first_s
 
 def decode(coded: Coded) -> torch.Tensor:
     """Return the (n, k) weight, bit for bit as it was encoded (device copies only)."""
-    out = torch.empty((Shape(coded.n, coded.k).strips * 16, coded.k), dtype=torch.bfloat16, device=coded.stream.device)
+    out = torch.empty(
+        (Shape(coded.n, coded.k).strips * 16, coded.k),
+        dtype=torch.bfloat16,
+        device=coded.stream.device,
+    )
     return decode_rows(coded.stream, coded.side, coded.n, coded.k, 0, out)
 
 
-def _prefill(x: torch.Tensor, coded: torch.Tensor, side: torch.Tensor, n: int, bias: torch.Tensor | None) -> torch.Tensor:
+def _prefill(
+    x: torch.Tensor, coded: torch.Tensor, side: torch.Tensor, n: int, bias: torch.Tensor | None
+) -> torch.Tensor:
     m, k = x.shape
     out = torch.empty((m, n), dtype=torch.bfloat16, device=x.device)
     rows = min(Shape(n, k).strips * 16, max(16, PANEL_BYTES // (2 * k) // 16 * 16))
@@ -175,7 +200,12 @@ def _prefill(x: torch.Tensor, coded: torch.Tensor, side: torch.Tensor, n: int, b
 
 @torch.library.custom_op("spark_kernels::bf16x_linear", mutates_args=(), device_types="cuda")
 def bf16x_linear(
-    x: torch.Tensor, coded: torch.Tensor, side: torch.Tensor, arrivals: torch.Tensor, n: int, bias: torch.Tensor | None
+    x: torch.Tensor,
+    coded: torch.Tensor,
+    side: torch.Tensor,
+    arrivals: torch.Tensor,
+    n: int,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Return ``x @ w.T + bias`` in bfloat16, accumulated in float32.
 
@@ -203,7 +233,12 @@ def bf16x_linear(
 
 @bf16x_linear.register_fake
 def _(
-    x: torch.Tensor, coded: torch.Tensor, side: torch.Tensor, arrivals: torch.Tensor, n: int, bias: torch.Tensor | None
+    x: torch.Tensor,
+    coded: torch.Tensor,
+    side: torch.Tensor,
+    arrivals: torch.Tensor,
+    n: int,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     del coded, side, arrivals, bias
     return x.new_empty((*x.shape[:-1], n))

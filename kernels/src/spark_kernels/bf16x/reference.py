@@ -12,6 +12,9 @@ HEADER_BYTES = 32
 BLOCK_BYTES = 1536
 INLINE_ESCAPES = 2
 MAX_ESCAPES = 128
+WINDOW = 15  # a base and the 15 exponents above it
+NOT_FINITE = 0xFF
+ROTATED = 3  # the mma register whose nibbles are rotated, not shifted, into place
 
 U8 = npt.NDArray[np.uint8]
 U16 = npt.NDArray[np.uint16]
@@ -79,7 +82,7 @@ def _nibble_words(high: U8) -> U32:
         first = rows[:, 2 * (i // 2) :: 4]
         second = rows[:, 2 * (i // 2) + 1 :: 4]
         register = (first << 8) | (second << 24)
-        words |= register >> (4 * i) if i < 3 else (register >> 12) | (register << 20)
+        words |= register >> (4 * i) if i < ROTATED else (register >> 12) | (register << 20)
     return words
 
 
@@ -106,10 +109,10 @@ def encode(weight: U16, *, force_plain: bool = False) -> Encoded:
             cols = slice(index * TILE_COLS, index * TILE_COLS + blocks * BLOCK_COLS)
             tile, inside = padded[rows, cols], real[rows, cols]
             exponent = (tile >> 7) & 0xFF
-            largest = np.where(exponent == 0xFF, 0, exponent).max(axis=1)
-            base = np.maximum(largest.astype(np.int32) - 15, 0)
+            largest = np.where(exponent == NOT_FINITE, 0, exponent).max(axis=1)
+            base = np.maximum(largest.astype(np.int32) - WINDOW, 0)
             offset = exponent.astype(np.int32) - base[:, None]
-            coded = (offset >= 0) & (offset <= 15)
+            coded = (offset >= 0) & (offset <= WINDOW)
             escape_at = np.argwhere(~coded & inside)
             entries = sorted(
                 ((c // 64) << 10 | ((r & 7) * 4 + c % 64 // 16) << 5 | ((r >> 3) * 16 + c % 16))
@@ -167,7 +170,7 @@ def decode(encoded: Encoded) -> U16:
                 words = block[1024:].view(np.uint32).reshape(8, 16)
                 high = np.zeros((16, 64), np.uint16)
                 for i in range(4):
-                    moved = words << (4 * i) if i < 3 else (words << 12) | (words >> 20)
+                    moved = words << (4 * i) if i < ROTATED else (words << 12) | (words >> 20)
                     rows = slice(8 * (i % 2), 8 * (i % 2) + 8)
                     high[rows, 2 * (i // 2) :: 4] = moved & 0x8700
                     high[rows, 2 * (i // 2) + 1 :: 4] = moved >> 16 & 0x8700

@@ -32,7 +32,9 @@ class Selection:
     def takes(self, name: str, shape: tuple[int, ...]) -> bool:
         """Say whether a loaded weight (n, k) is to be encoded."""
         n, k = shape
-        named = name.rsplit(".", 1)[-1] in self.layers and not any(text in name for text in self.exclude)
+        named = name.rsplit(".", 1)[-1] in self.layers and not any(
+            text in name for text in self.exclude
+        )
         return named and n * k >= self.min_weights and k % 8 == 0
 
     def worth(self, coded_bytes: int, plain_bytes: int) -> bool:

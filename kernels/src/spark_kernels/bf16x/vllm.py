@@ -40,7 +40,9 @@ class CodedLinearMethod(vllm_linear.LinearMethodBase):  # type: ignore[misc]
         """Never called: the unquantised method made the weight."""
         raise NotImplementedError
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return ``x @ w.T + bias``."""
         out: torch.Tensor = torch.ops.spark_kernels.bf16x_linear(
             x, layer.bf16x_stream, layer.bf16x_side, layer.bf16x_arrivals, layer.bf16x_rows, bias

@@ -6,6 +6,7 @@ returns logits that are exact for every row that can be among those and -inf for
 sampler's own code picks the token.
 """
 
+# ruff: noqa: ANN401 - vLLM's own types, and functions that stand in for its methods
 from __future__ import annotations
 
 import logging
@@ -39,34 +40,53 @@ class ScreenedHeadMethod(vllm_embedding.UnquantizedEmbeddingMethod):  # type: ig
     def __init__(self, head: api.Head) -> None:
         self.head = head
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return (m, rows) logits; see ``api.top_logits`` for a screened step."""
         tokens = self.head.scratch.upper.shape[0]
         if _Step.top_k == FULL or bias is not None or x.dim() != 2 or not 1 <= x.shape[0] <= tokens:  # noqa: PLR2004
             full: torch.Tensor = super().apply(layer, x, bias)
             return full
         logits = api.top_logits(self.head, x, _Step.top_k)
-        missing = layer.weight.shape[0] - logits.shape[1]  # padding rows, cut off by the logits processor
-        return torch.nn.functional.pad(logits, (0, missing), value=float("-inf")) if missing else logits
+        missing = (
+            layer.weight.shape[0] - logits.shape[1]
+        )  # padding rows, cut off by the logits processor
+        return (
+            torch.nn.functional.pad(logits, (0, missing), value=float("-inf"))
+            if missing
+            else logits
+        )
 
 
 def _prepare(layer: torch.nn.Module, options: Mapping[str, Any]) -> None:
     shard = layer.shard_indices
     rows, weight = int(shard.num_org_elements), layer.weight
-    if not weight.is_cuda or weight.dtype != torch.bfloat16 or rows < int(options["min_rows"]) or shard.num_added_elements:
+    if (
+        not weight.is_cuda
+        or weight.dtype != torch.bfloat16
+        or rows < int(options["min_rows"])
+        or shard.num_added_elements
+    ):
         return
     head = api.prepare(weight.data[:rows], int(options["max_tokens"]))
     layer.register_buffer("screen_codes", head.codes, persistent=False)  # seen by memory accounting
     layer.register_buffer("screen_rows", head.rows, persistent=False)
     layer.quant_method = ScreenedHeadMethod(head)
-    logger.info("lm_head: %d rows screened, %.2f GB beside the weight", rows, head.extra_bytes / 1e9)
+    logger.info(
+        "lm_head: %d rows screened, %.2f GB beside the weight", rows, head.extra_bytes / 1e9
+    )
 
 
 def _plain_logits(model: torch.nn.Module) -> bool:
     """Say whether every logits processor keeps order and -inf: no soft cap, no scale but a positive one."""
     found = [m for m in model.modules() if isinstance(m, LogitsProcessor)]
     return bool(found) and all(
-        m.soft_cap is None and m.scale > 0 and not m.logits_as_input and m.head_dtype in {None, torch.bfloat16} for m in found
+        m.soft_cap is None
+        and m.scale > 0
+        and not m.logits_as_input
+        and m.head_dtype in {None, torch.bfloat16}
+        for m in found
     )
 
 
@@ -85,13 +105,15 @@ def register(options: Mapping[str, Any]) -> None:
         if vllm_hooks.is_head(layer):
             _prepare(layer, options)
 
-    def remember_request(self: Any, req_idx: int, sampling_params: Any) -> None:  # noqa: ANN401 - vLLM's types
+    def remember_request(self: Any, req_idx: int, sampling_params: Any) -> None:
         add_request(self, req_idx, sampling_params)
         if not hasattr(self, "spark_top_k"):
             self.spark_top_k = {}
         self.spark_top_k[req_idx] = request_top_k(sampling_params, max_top_k)
 
-    def screened_sample(self: Any, hidden_states: torch.Tensor, input_batch: Any, grammar_output: Any) -> Any:  # noqa: ANN401
+    def screened_sample(
+        self: Any, hidden_states: torch.Tensor, input_batch: Any, grammar_output: Any
+    ) -> Any:
         if not hasattr(self, "spark_plain_logits"):
             self.spark_plain_logits = _plain_logits(self.model)
         sampler = self.sampler
@@ -106,7 +128,11 @@ def register(options: Mapping[str, Any]) -> None:
             and sampler.trace_replay_state is None
         )
         known = getattr(sampler, "spark_top_k", {})
-        _Step.top_k = batch_top_k(known.get(int(i), FULL) for i in input_batch.idx_mapping_np) if simple else FULL
+        _Step.top_k = (
+            batch_top_k(known.get(int(i), FULL) for i in input_batch.idx_mapping_np)
+            if simple
+            else FULL
+        )
         try:
             return sample(self, hidden_states, input_batch, grammar_output)
         finally:
