@@ -63,10 +63,12 @@ def test_nested_text_config() -> None:
 
 
 def test_gemma4_global_layers() -> None:
-    """Full-attention layers may have heads of their own size and number."""
-    config = TINY["window"] | {"global_head_dim": 64, "num_global_key_value_heads": 1}
-    layers = dict(read_architecture(config).layers)
-    assert layers == {Attention(2, 32, 32, window=64): 6, Attention(1, 64, 64): 2}
+    """Full-attention layers have a head size of their own, and a number of heads where K and V are one."""
+    window = Attention(4, 32, 32, window=64)
+    plain = dict(read_architecture(TINY["mixed_heads"]).layers)
+    shared = dict(read_architecture(TINY["mixed_heads_shared"]).layers)
+    assert plain == {window: 6, Attention(4, 64, 64): 2}
+    assert shared == {window: 6, Attention(1, 64, 64): 2}
 
 
 def test_shared_cache() -> None:

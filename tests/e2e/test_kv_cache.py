@@ -59,6 +59,8 @@ def ours(name: str, in_flight: int) -> Layout:
         concurrent_batches=1,
         state_dtype="float32",  # the CPU platform sets it, whatever the model says
         prefix_caching=engine.get("enable_prefix_caching", True),
+        speculative_tokens=engine.get("speculative_config", {}).get("num_speculative_tokens", 0),
+        draft_in_model="speculative_config" in engine,
     )
     return layout(architecture, options)
 

@@ -184,13 +184,13 @@ def _full(text: Mapping[str, Any]) -> Attention:
         if text.get("index_topk"):
             raise _unknown(text, "sparse MLA with an indexer")
         return Attention(1, int(rank) + int(text["qk_rope_head_dim"]), 0)
-    # Gemma 4's full-attention layers have heads of their own size and number.
+    # Gemma 4's full-attention layers have a head size of their own, and a number where K and V are one.
     size = int(text.get("global_head_dim") or _head_size(text))
-    heads = int(
-        _first(text, "num_global_key_value_heads", "num_key_value_heads")
-        or text["num_attention_heads"]
+    names = ("num_global_key_value_heads", "num_key_value_heads")
+    heads = _first(text, *names[0 if text.get("attention_k_eq_v") else 1 :])
+    return Attention(
+        int(heads or text["num_attention_heads"]), size, int(text.get("v_head_dim") or size)
     )
-    return Attention(heads, size, int(text.get("v_head_dim") or size))
 
 
 def _sliding(text: Mapping[str, Any]) -> Attention:
