@@ -106,6 +106,10 @@ class Container:
         text = self.run("systemctl", "show", unit, f"--property={','.join(properties)}").stdout
         return dict(line.split("=", 1) for line in text.splitlines())
 
+    def status_text(self) -> str:
+        """What the service last sent as ``STATUS=``."""
+        return self.show("spark-llm.service", "StatusText")["StatusText"]
+
     def main_pid(self, unit: str = "spark-llm.service") -> int:
         return int(self.show(unit, "MainPID")["MainPID"])
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import faulthandler
 import fcntl
 import logging
 import os
@@ -66,6 +67,7 @@ def serve(
         TryAgainError: another instance uses the same folders.
     """
     notifier = notify.connect()
+    faulthandler.enable()  # the watchdog ends a stuck controller with SIGABRT: say where it was stuck
     cgroup.divide()
     folders.make()
     accepted = reload.accepted_keys(folders)
