@@ -114,7 +114,7 @@ def test_a_side_array_that_grows_loses_nothing() -> None:
 def test_the_host_encoder_refuses_what_it_cannot_read() -> None:
     """A wrong dtype or transposed rows are an error, not a wrong code."""
     with pytest.raises(ValueError, match="uint16"):
-        host.encode_host(np.zeros((16, 64), np.float32))  # type: ignore[arg-type]
+        host.encode_host(np.zeros((16, 64), np.float32))
     with pytest.raises(ValueError, match="uint16"):
         host.encode_host(np.zeros((64, 16), np.uint16).T)
 

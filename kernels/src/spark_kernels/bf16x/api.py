@@ -42,7 +42,7 @@ class Coded:
     @property
     def nbytes(self) -> int:
         """Bytes resident on the device."""
-        return self.stream.numel() + 4 * (self.side.numel() + self.arrivals.numel())
+        return int(self.stream.numel() + 4 * (self.side.numel() + self.arrivals.numel()))
 
     @property
     def bits_per_weight(self) -> float:
@@ -115,9 +115,9 @@ def _encode_host(weight: torch.Tensor) -> Coded:
     done = encode_host(weight.view(torch.uint16).numpy())
     side = torch.from_numpy(done.side.view("int32"))
     arrivals = torch.zeros(done.shape.strips, dtype=torch.int32)
-    return Coded(
-        *weight.shape, torch.from_numpy(done.stream), side, arrivals, done.escapes, done.plain_tiles
-    )
+    codes = torch.from_numpy(done.stream)
+    n, k = done.shape.n, done.shape.k
+    return Coded(n, k, codes, side, arrivals, done.escapes, done.plain_tiles)
 
 
 @functools.cache

@@ -19,7 +19,7 @@ struct Tile {
   alignas(64) uint8_t low[kStripRows][kTileCols];    // n0 m6..m0
   alignas(64) uint8_t high[kStripRows][kTileCols];   // s at bit 7, n3..n1 at bits 2..0
   uint8_t lo[kStripRows];
-  uint32_t escapes[kStripRows * kTileCols];
+  uint32_t escapes[kMaxEscapes];
   int count;
   bool plain;
 };
@@ -53,25 +53,28 @@ int lane_of(int row, int col) { return (row & 7) * 4 + (col % kBlockCols) / 16; 
 int slot_of(int row, int col) { return (row >> 3) * 16 + col % 16; }
 
 void code_tile(const uint16_t* w, int64_t ld, int rows, int cols, Tile& t) {
-  t.count = 0;
-  t.plain = false;
+  int escapes[kStripRows] = {}, total = 0;
   for (int r = 0; r < kStripRows; ++r) {
-    if (r < rows) std::memcpy(t.v[r], w + r * ld, cols * 2);
-    std::memset(t.v[r] + (r < rows ? cols : 0), 0, (kTileCols - (r < rows ? cols : 0)) * 2);
+    int real = r < rows ? cols : 0;
+    if (real) std::memcpy(t.v[r], w + r * ld, real * 2);
+    std::memset(t.v[r] + real, 0, (kTileCols - real) * 2);
     int base = t.lo[r] = uint8_t(row_base(t.v[r]));
     int outside = code_row(t.v[r], base, t.low[r], t.high[r]);
-    int padding = base > 0 ? kTileCols - cols : 0;  // zeros outside the window; no escapes
-    if (r >= rows || outside == padding) continue;
-    for (int c = 0; c < cols; ++c) {
+    escapes[r] = outside - (base > 0 ? kTileCols - real : 0);  // padding is zeros, outside of any such window
+    total += escapes[r];
+  }
+  t.plain = total > kMaxEscapes;
+  t.count = 0;
+  if (t.plain || total == 0) return;
+  for (int r = 0; r < rows; ++r) {
+    for (int c = 0; escapes[r] && c < cols; ++c) {
       int e = t.v[r][c] >> 7 & 0xff;
-      if (e < base || e > base + 15) {
+      if (e < t.lo[r] || e > t.lo[r] + 15) {
         uint32_t position = c / kBlockCols << 10 | lane_of(r, c) << 5 | slot_of(r, c);
         t.escapes[t.count++] = position << 16 | t.v[r][c];
       }
     }
   }
-  t.plain = t.count > kMaxEscapes;
-  if (t.plain) t.count = 0;
   std::sort(t.escapes, t.escapes + t.count);
 }
 
