@@ -5,10 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from spark_llm.store.layout import ModelFolder
 
 from tests.hub import kill_rounds
@@ -25,12 +28,20 @@ SMALL: dict[str, bytes | Path] = {
 }
 
 
-def test_no_kill_leaves_a_broken_model_visible(hub: LocalHub, tmp_path: Path) -> None:
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    """A folder in memory where there is one: a kill loses nothing that was written, so the disk adds only its time."""
+    base = Path("/dev/shm")  # noqa: S108  tmpfs on every Linux
+    with tempfile.TemporaryDirectory(dir=base if base.is_dir() else None) as folder:
+        yield Path(folder)
+
+
+def test_no_kill_leaves_a_broken_model_visible(hub: LocalHub, memory: Path) -> None:
     """Pulls, repairs and imports are killed 240 times; every visible snapshot stays right to the last byte."""
     hub.add(MODEL, SMALL)
     seed = int.from_bytes(os.urandom(4), "big")
     ran = subprocess.run(
-        [sys.executable, kill_rounds.__file__, hub.endpoint, str(tmp_path), str(ROUNDS), str(seed)],
+        [sys.executable, kill_rounds.__file__, hub.endpoint, str(memory), str(ROUNDS), str(seed)],
         check=False, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert ran.returncode == 0, f"seed {seed}: {ran.stdout}{ran.stderr}"

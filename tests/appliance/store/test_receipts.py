@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import subprocess
 import sys
 import tempfile
@@ -10,7 +11,7 @@ from contextlib import AbstractContextManager  # noqa: TC003  annotates a local
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from spark_llm.errors import ConfigError, RefusedError, SparkLlmError, TryAgainError
 from spark_llm.reason import Reason
@@ -32,6 +33,8 @@ from spark_llm.store.receipt import Receipt, RemoteFile
 from spark_llm.store.stamp import Stamp
 from spark_llm.store.worker import Message, RetryPolicy, StalledError, retrying
 
+ON_DISK = settings(deadline=None, max_examples=50)
+"""For properties of files: the disk decides how long they take."""
 HEX = "0123456789abcdef"
 STAMPS = st.builds(
     Stamp,
@@ -80,6 +83,7 @@ def test_no_json_at_all_breaks_the_reader(value: object) -> None:
     assert receipt.parse(value) is None or isinstance(receipt.parse(value), Receipt)
 
 
+@ON_DISK
 @given(RECEIPTS, st.integers(0, 400))
 def test_a_torn_receipt_is_none(proof: Receipt, cut: int) -> None:
     """A receipt cut anywhere vouches for nothing."""
@@ -97,6 +101,7 @@ def test_a_stamp_matches_only_the_same_file(one: Stamp, other: Stamp) -> None:
     assert one.matches(other) == same
 
 
+@ON_DISK
 @given(st.dictionaries(NAMES, st.binary(max_size=50), min_size=1, max_size=4), st.data())
 def test_a_receipt_suspects_exactly_what_changed(
     contents: dict[str, bytes], data: st.DataObject
@@ -127,6 +132,7 @@ def test_a_receipt_suspects_exactly_what_changed(
         assert {file.path for file in proof.suspects(folder)} == changed
 
 
+@ON_DISK
 @given(st.lists(st.tuples(st.sampled_from("abc"), STAMPS), max_size=6), st.integers(0, 30))
 def test_a_torn_journal_loses_its_last_line_only(
     entries: list[tuple[str, Stamp]], torn: int
@@ -258,6 +264,7 @@ def test_a_line_that_is_no_event_is_a_value_error(line: str) -> None:
         decode(line)
 
 
+@ON_DISK
 @given(st.binary(max_size=2000), st.integers(1, 700))
 def test_hashes_do_not_depend_on_blocks(content: bytes, block: int) -> None:
     """Fed in any pieces, a content has git's and sha256sum's hashes."""
@@ -306,6 +313,7 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_others(tmp_path: Path) -> 
 HOLDERS = st.lists(st.booleans(), min_size=1, max_size=5)
 
 
+@ON_DISK
 @given(HOLDERS)
 def test_a_lock_admits_readers_or_one_writer(shared: list[bool]) -> None:
     """In any order of arrival: an exclusive holder is alone, shared ones are together."""
@@ -356,6 +364,21 @@ def test_a_killed_owner_leaves_no_lock(tmp_path: Path) -> None:
     with lock.hold("rm"):
         pass
     assert lock.held() is None
+
+
+def test_a_lock_file_is_for_everybody_who_may_write_its_folder(tmp_path: Path) -> None:
+    """A service with a strict umask makes locks that its group can take, and keeps its umask while it holds them."""
+    root = tmp_path / "store"
+    root.mkdir()
+    root.chmod(0o2775)
+    before = os.umask(0o077)
+    try:
+        with Lock(root / ".locks" / "lock", "thing").hold("serving", shared=True):
+            assert os.umask(0o077) == 0o077
+        assert stat.S_IMODE((root / ".locks" / "lock").stat().st_mode) == 0o664
+        assert stat.S_IMODE((root / ".locks").stat().st_mode) == 0o2775
+    finally:
+        os.umask(before)
 
 
 OUTCOME = st.sampled_from(["ok", "nothing", "bytes", "stall", "fatal", "corrupt"])

@@ -10,6 +10,7 @@ in the journal; when all are there the receipt is written and one rename makes t
 import contextlib
 import errno
 import json
+import os
 import shutil
 import sys
 import threading
@@ -82,6 +83,8 @@ class Fetch:
                         self.folder.path.rmdir()  # a refusal leaves nothing behind; a model's folder is not empty
         except PermissionError as error:
             raise snapshots.unwritable(self.folder.root, error) from error
+        except BrokenPipeError:
+            raise
         except OSError as error:
             raise _disk_error(self.folder.root, error) from error
 
@@ -319,6 +322,10 @@ def main(argv: list[str]) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        os._exit(
+            1
+        )  # whoever wanted the model is gone, and a flush at exit would only complain again
     return 0
 
 

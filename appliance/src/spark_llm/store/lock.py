@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -86,8 +87,7 @@ class Lock:
         mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
         writable = True
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = _open(self.path)
         except OSError as error:
             if not shared or error.errno not in _READ_ONLY:
                 raise
@@ -129,6 +129,20 @@ class Lock:
         finally:
             os.close(descriptor)
         return None
+
+
+def _open(path: Path) -> int:
+    """The lock file; a new one may be locked by whoever may write its folder, whatever this process's umask is."""
+    folder = path.parent
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(stat.S_IMODE(folder.parent.stat().st_mode))
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except FileExistsError:
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    os.fchmod(descriptor, folder.stat().st_mode & 0o666)
+    return descriptor
 
 
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)

@@ -117,7 +117,7 @@ class Store:
         Raises:
             BusyError: it is being removed or repaired.
         """
-        with self._umask(), ModelFolder(self.root, model).use_lock.hold(reason, shared=True):
+        with ModelFolder(self.root, model).use_lock.hold(reason, shared=True):
             yield
 
     def fetch(self, request: Request) -> Iterator[Event]:
@@ -208,7 +208,7 @@ class Store:
         folder = ModelFolder(self.root, model)
         if not folder.path.is_dir():
             raise missing_model(model, revision)
-        with self._umask(), folder.write_lock.hold("rm"), folder.use_lock.hold("rm"):
+        with folder.write_lock.hold("rm"), folder.use_lock.hold("rm"):
             if not revision:
                 size = _size(folder.path)
                 durable.remove_tree(folder.path)
@@ -249,9 +249,6 @@ class Store:
         if proof is None:
             raise missing_model(model, revision)
         return folder, commit, proof
-
-    def _umask(self) -> contextlib.AbstractContextManager[None]:
-        return durable.umask_of(self.root) if self.root.is_dir() else contextlib.nullcontext()
 
 
 def missing_model(model: str, revision: str) -> ConfigError:
