@@ -21,6 +21,8 @@ import pytest
 
 TREE = Path(__file__).parents[2]
 SWITCH = "SPARK_LLM_NO_NSPAWN"
+PACKAGES = "SYSTEMD_DEBS"
+"""Folder of Debian packages (systemd, libsystemd0, libsystemd-shared) to boot in place of the machine's systemd."""
 CONFIG = "/etc/spark-llm/config.toml"
 NO_ENGINE = '[engine]\npython = "/nonexistent/python"\n'
 """The service answers but is blocked: little about systemd needs the engine, whose start takes half a minute."""
@@ -270,8 +272,21 @@ def _prepare(root: Path) -> None:
     (root / "etc/machine-id").unlink(missing_ok=True)
     (root / "etc/machine-id").touch()
     shutil.rmtree(root / "var/log/journal", ignore_errors=True)
+    if packages := os.environ.get(PACKAGES):
+        _other_systemd(root, Path(packages))
     for environment in (TREE / ".venv", TREE / ".venv-engine"):
         _readable_interpreter(root, environment.resolve())
+
+
+def _other_systemd(root: Path, packages: Path) -> None:
+    """Lay the files of Debian packages over the root, such as a newer systemd and its libraries."""
+    for package in sorted(packages.glob("*.deb")):
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run(["dpkg-deb", "--extract", package, folder], check=True)
+            for name in ("usr", "usr/lib", "usr/bin", "usr/sbin"):
+                part = Path(folder) / name.removeprefix("usr/")
+                if part.is_dir():
+                    subprocess.run(["cp", "-a", f"{part}/.", root / name], check=True)
 
 
 def _readable_interpreter(root: Path, environment: Path) -> None:
