@@ -7,7 +7,6 @@ import statistics
 import time
 
 import numpy as np
-
 from spark_kernels.bf16x.host import encode_host
 
 ROWS, COLUMNS, ROUNDS = 4096, 5120, 9

@@ -24,7 +24,22 @@ def _capability() -> tuple[int, int] | None:
     return None if found is None else (found.major, found.minor)
 
 
-def _register_row(decision: policy.Decision) -> None:
+def _announce_later(lines: list[str]) -> None:
+    """Log ``lines`` when the first layer is loaded: vLLM sets up its log only after its plugins ran."""
+    try:
+        from spark_kernels import vllm_hooks  # noqa: PLC0415 - as above
+    except Exception as error:  # noqa: BLE001 - another vLLM: the kernels that need the hooks say so too
+        logger.warning("spark_kernels: no hooks into this vLLM: %s", error)
+        return
+
+    def announce(_: object) -> None:
+        while lines:
+            logger.info(lines.pop(0))
+
+    vllm_hooks.after_loading(announce)
+
+
+def _register_row(decision: policy.Decision, lines: list[str]) -> None:
     row = decision.row
     if row.kernel is None or row.entry is None or row.kernel in _registered:
         return
@@ -37,13 +52,8 @@ def _register_row(decision: policy.Decision) -> None:
         )
         return
     _registered.add(row.kernel)
-    logger.info(
-        "spark_kernels %s: %s serves %s (%s)",
-        __version__,
-        row.kernel,
-        row.operation,
-        decision.reason,
-    )
+    served = f"{row.kernel} serves {row.operation} ({decision.reason})"
+    lines.append(f"spark_kernels {__version__}: {served}")
 
 
 def register(environ: Mapping[str, str] = os.environ) -> None:
@@ -57,9 +67,10 @@ def register(environ: Mapping[str, str] = os.environ) -> None:
     except Exception as error:  # noqa: BLE001 - as above
         logger.warning("spark_kernels is off: %s", error)
         return
-    for row in rows:
-        decision = policy.decide(row, switches, capability)
-        if decision.on:
-            _register_row(decision)
-        elif row.kernel:
-            logger.debug("spark_kernels: %s is off: %s", row.kernel, decision.reason)
+    decisions = [policy.decide(row, switches, capability) for row in rows]
+    on = [d for d in decisions if d.on and d.row.kernel not in _registered]
+    lines: list[str] = []
+    if on:
+        _announce_later(lines)
+    for decision in on:
+        _register_row(decision, lines)
