@@ -69,4 +69,4 @@ def test_mistyped_variable_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_settings_are_frozen() -> None:
     """Nobody changes settings behind another's back."""
     with pytest.raises(ValueError, match="frozen"):
-        load().profile = "x"  # type: ignore[misc]
+        load().profile = "x"

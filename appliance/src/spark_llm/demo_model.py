@@ -66,7 +66,11 @@ def write_demo_model(folder: Path) -> None:
         for name, content in files.items():
             (partial / name).write_bytes(content)
         partial.chmod(0o755)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not _holds(folder, files):  # another start wrote the same meanwhile: so be it
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

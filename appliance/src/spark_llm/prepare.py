@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from spark_llm.status import State, StatusBoard
 from spark_llm.store import Failure, Note, Progress, Request, Result, Store
 from spark_llm.store.process import fetch
 from spark_llm.store.progress import Event
+
+log = logging.getLogger("spark_llm.prepare")
 
 _GATE_POLL_S = 0.5
 _TICK_S = 1.0
@@ -97,7 +100,7 @@ class Preparation:
         if profile.speculative is not None and profile.speculative.model:
             speculative = profile.speculative
             draft = await self._bring(speculative.model, speculative.revision, holding)
-        facts = await asyncio.to_thread(model_facts.read_model, model, draft)
+        facts = await asyncio.to_thread(model_facts.known_model, profile, model, draft)
         account = await self._wait_for_memory(profile, facts)
         await asyncio.to_thread(host.drop_page_cache, model)
         return await self._command(profile, model, draft, facts, account, holding)
@@ -139,7 +142,7 @@ class Preparation:
             percent = 100 * event.bytes // event.total if event.total else 100
             self._board.progress(phase=event.status_line(), percent=percent, eta_s=event.eta_s)
 
-    async def _wait_for_memory(self, profile: Profile, facts: ledger.Model) -> ledger.Ledger:
+    async def _wait_for_memory(self, profile: Profile, facts: ledger.Model | None) -> ledger.Ledger:
         """Wait until the ledger's need is really available; refuse what can never fit."""
         memory = self._settings.memory
         started = time.monotonic()
@@ -161,6 +164,9 @@ class Preparation:
                 )
             )
             if verdict.action is gate.Action.GO:
+                for warning in verdict.warnings:
+                    log.warning("%s", warning)
+                    self._board.bus.publish("warning", message=warning)
                 return account
             if verdict.action is gate.Action.REFUSE:
                 raise RefusedError(verdict.message, reason=verdict.reason, hint=verdict.hint)
@@ -177,7 +183,7 @@ class Preparation:
         profile: Profile,
         model: Path,
         draft: Path | None,
-        facts: ledger.Model,
+        facts: ledger.Model | None,
         account: ledger.Ledger,
         holding: ExitStack,
     ) -> Prepared:

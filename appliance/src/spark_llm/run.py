@@ -241,7 +241,7 @@ class EngineRun:
                 await self._process.exited.wait()
         except TimeoutError:
             return
-        raise self._gone()
+        raise await self._gone()
 
     async def _while_alive(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of ``work``, ticking meanwhile; raises if the engine goes first."""
@@ -254,13 +254,14 @@ class EngineRun:
                     (task, gone), timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED
                 )
                 if gone.done() and not task.done():
-                    raise self._gone()
+                    raise await self._gone()
             return task.result()
         finally:
             task.cancel()
             gone.cancel()
 
-    def _gone(self) -> EngineFailedError:
+    async def _gone(self) -> EngineFailedError:
+        await self._watchman.heard()
         reason = policy.exit_cause(self.tail, killed_by_guard=self._watchman.killed)
         code = self._process.returncode
         how = f"signal {-code}" if code is not None and code < 0 else f"code {code}"

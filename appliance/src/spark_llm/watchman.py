@@ -13,6 +13,9 @@ from pathlib import Path
 from spark_llm import cgroup
 from spark_llm.config import Memory
 
+_LAST_WORDS_S = 1.0
+"""The guard ends within one poll of its engine's end, and its pipe with it."""
+
 log = logging.getLogger("spark_llm.guard")
 
 
@@ -55,6 +58,10 @@ class Watchman:
         if (tree := cgroup.current()) is not None:
             cgroup.enter(tree.guard, self._process.pid)
         self._task = asyncio.create_task(self._listen(), name="guard")
+
+    async def heard(self) -> None:
+        """Wait until all that the guard said so far is taken in; it says why before it kills."""
+        await asyncio.wait((self._task,), timeout=_LAST_WORDS_S)
 
     async def close(self) -> None:
         """Stop the guard; its engine is gone."""

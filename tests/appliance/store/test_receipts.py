@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager  # noqa: TC003  annotates a local
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest

@@ -19,6 +19,8 @@ _MAX_FILES = 100_000
 WEIGHTS = (".safetensors", ".gguf")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 """Files whose loading runs code of their author's choice (docs.python.org/3/library/pickle.html)."""
+COPIES = ("original/", "metal/")
+"""Folders in which publishers keep a second copy of the weights, for other programs."""
 FOREIGN = (".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".mlmodel", ".mlpackage")
 """Weights of other frameworks; vLLM reads none of them, so nobody waits for them."""
 CONFIGS = ("config.json", "params.json")
@@ -152,9 +154,15 @@ def select(model: str, tree: Iterable[RemoteFile], *, allow_pickle: bool = False
     if not names & set(CONFIGS) and not any(file.path.endswith(".gguf") for file in weights):
         raise _incomplete(f"{model} has no config.json", "This is no model that vLLM can serve.")
     check_shards(model, names)
-    skipped = set(FOREIGN) | (set(PICKLES) if weights else set())
-    kept = [file for file in files if not file.path.endswith(tuple(skipped))]
-    left = [file for file in files if file.path.endswith(tuple(skipped))]
+    endings = tuple(set(FOREIGN) | (set(PICKLES) if weights else set()))
+    # gpt-oss carries its weights three times: for vLLM at the root, for others below these folders.
+    copies = COPIES if any("/" not in file.path for file in weights) else ()
+
+    def skipped(file: RemoteFile) -> bool:
+        return file.path.endswith(endings) or file.path.startswith(copies)
+
+    kept = [file for file in files if not skipped(file)]
+    left = [file for file in files if skipped(file)]
     return Selection(tuple(sorted(kept, key=lambda file: (-file.size, file.path))), tuple(left))
 
 
