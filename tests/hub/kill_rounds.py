@@ -88,7 +88,7 @@ def damage(root: Path, chance: random.Random) -> None:
 
 
 def main(endpoint: str, folder: Path, rounds: int, seed: int) -> None:
-    chance = random.Random(seed)  # noqa: S311  no cryptography here
+    chance = random.Random(seed)
     root = folder / "store"
     request = Request(
         str(root), MODEL, endpoint=endpoint, reserve_bytes=0, backoff_s=0.01, xet=False
