@@ -11,6 +11,8 @@ from flake import nix_build, store_path
 ROOT = Path(__file__).parents[2]
 ARCH = json.loads((ROOT / "nix/pins/vllm.json").read_text())["cuda"]["kernelArch"]
 
+pytestmark = pytest.mark.timeout(900)  # the first use lays the Nix
+
 #: CUDA_SUPPORTED_ARCHS of vLLM's CMakeLists.txt for CUDA 13.0.
 SUPPORTED = "7.5;8.0;8.6;8.7;8.9;9.0;10.0;11.0;12.0"
 
