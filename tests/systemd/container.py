@@ -198,6 +198,7 @@ def boot() -> Iterator[Container]:
                     "--keep-unit",
                     "--private-network",
                     "--capability=CAP_BPF",
+                    "--system-call-filter=bpf",  # or address and device lists are not enforced
                     f"--directory={root}",
                     f"--machine=spark-{os.getpid()}",
                     "--boot",

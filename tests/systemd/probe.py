@@ -80,6 +80,7 @@ def main() -> None:
                 "/home",
                 "/etc/shadow",
                 "/etc/credstore",
+                "/etc/credstore/spark-llm.hub-token",
                 "/run/credentials/spark-llm-fetch@x.service/hub-token",
                 "/var/lib/spark-llm",
             )

@@ -38,7 +38,10 @@ def test_life_of_an_installation(nix: Container) -> None:
         "spark-llm",
     ]
 
-    nix.run(f"{PROFILE}/bin/spark-llm", "upgrade", second, timeout=300)
+    done = nix.run(f"{PROFILE}/bin/spark-llm", "upgrade", second, check=False, timeout=300)
+    log = nix.run("journalctl", "-u", "spark-llm.service", "-o", "cat").stdout
+    said = [line for line in log.splitlines() if not line.startswith("engine |")]
+    assert done.returncode == 0, "\n".join([done.stderr, *said[-60:]])
     assert _serving(nix) == second
 
     failed = nix.run(f"{PROFILE}/bin/spark-llm", "upgrade", broken, check=False, timeout=300)

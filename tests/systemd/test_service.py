@@ -1,7 +1,7 @@
 """The service under a real systemd, as far as it does not need the engine."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -280,20 +280,37 @@ def test_controller_itself_may_not_make_code(blocked: Container) -> None:
     assert "PermissionError" in done.stderr
 
 
-def test_open_port_does_not_open_the_engines_network(stopped: Container) -> None:
-    """With the socket open to a network, that network is served, while sockets of the service stay on loopback."""
+@pytest.fixture
+def on_a_network(stopped: Container) -> Iterator[Container]:
+    """The service configured and installed for an address that is not loopback's."""
     with stopped.address(OUTSIDE):
         stopped.write(CONFIG, NO_ENGINE + f'[gateway]\nhost = "{OUTSIDE}"\ninsecure = true\n')
         stopped.run(SPARK, "install")
-        stopped.systemctl("start", "spark-llm.service")
-        assert stopped.http("/livez", url=f"http://{OUTSIDE}:8000")[0] == 200
-        assert (
-            stopped.show("spark-llm.service", "IPAddressAllow")["IPAddressAllow"]
-            == "127.0.0.0/8 ::1/128"
-        )
-    stopped.systemctl("stop", "spark-llm.service", "spark-llm.socket", check=False)
-    stopped.run("rm", CONFIG)
-    stopped.run(SPARK, "install")
+        yield stopped
+        stopped.systemctl("stop", "spark-llm.service", "spark-llm.socket", check=False)
+        stopped.run("rm", CONFIG)
+        stopped.run(SPARK, "install")
+
+
+def test_open_port_does_not_open_the_engines_network(on_a_network: Container) -> None:
+    """With the socket open to a network, that network is served; sockets of the service itself stay on loopback."""
+    on_a_network.systemctl("start", "spark-llm.service")
+    assert on_a_network.http("/livez", url=f"http://{OUTSIDE}:8000")[0] == 200
+    allowed = on_a_network.show("spark-llm.service", "IPAddressAllow")["IPAddressAllow"]
+    assert set(allowed.split()) == {"127.0.0.0/8", "::1/128"}
+
+
+def test_network_without_a_key_is_refused(on_a_network: Container) -> None:
+    """An address that systemd opened to a network is refused without API keys, just as one opened by the service."""
+    text = on_a_network.run("cat", CONFIG).stdout
+    on_a_network.write(CONFIG, text.replace("insecure = true", ""))
+    cursor = on_a_network.cursor()
+    on_a_network.systemctl("start", "spark-llm.service", check=False)
+    assert on_a_network.show("spark-llm.service", "ExecMainStatus")["ExecMainStatus"] == "2"
+    said = " ".join(
+        e["MESSAGE"] for e in on_a_network.journal("-u", "spark-llm.service", after=cursor)
+    )
+    assert "insecure_bind" in said
 
 
 def test_tls_certificate_changes_under_an_open_stream(stopped: Container) -> None:
