@@ -81,7 +81,11 @@ def encode(weight: torch.Tensor, *, force_plain: bool = False) -> Coded:
         UnsupportedWeightError: dtype or shape.
     """
     weight = _checked(weight)
-    return _encode_cuda(weight, force_plain=force_plain) if weight.is_cuda else _encode_host(weight)
+    if weight.is_cuda:
+        return _encode_cuda(weight, force_plain=force_plain)
+    if force_plain:
+        raise UnsupportedWeightError("force_plain is for weights on a GPU; the host encoder codes")
+    return _encode_host(weight)
 
 
 def _encode_cuda(weight: torch.Tensor, *, force_plain: bool) -> Coded:

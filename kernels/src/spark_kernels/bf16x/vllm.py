@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 logger = logging.getLogger("vllm.spark_kernels")
+_heads = itertools.count(1)
 
 # Exactly these forwards pass through quant_method.apply; a subclass with its own (GateLinear, LoRA's)
 # may read `weight` itself.
@@ -32,7 +34,7 @@ _PLAIN_FORWARDS = frozenset(
 
 
 class CodedLinearMethod(vllm_linear.LinearMethodBase):  # type: ignore[misc]
-    """Applies a layer whose weight was encoded; the bf16 parameter is empty by then."""
+    """Applies a layer whose weight was encoded; a stand-in holds its parameter's place."""
 
     supports_pre_processed_weights = False
 
@@ -66,7 +68,10 @@ def encode_layer(layer: torch.nn.Module, selection: Selection, *, is_head: bool)
     layer.register_buffer("bf16x_side", coded.side, persistent=False)
     layer.register_buffer("bf16x_arrivals", coded.arrivals, persistent=False)
     layer.bf16x_rows = coded.n
-    layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
+    # Not empty: vLLM shares a target's head with a drafter when their weights are equal, and two empty
+    # tensors are. Each coded head's stand-in is a number of its own.
+    stand_in = weight.new_full((1,), float(next(_heads)) if is_head else 0.0)
+    layer.weight = torch.nn.Parameter(stand_in, requires_grad=False)
     layer.quant_method = CodedLinearMethod()
     logger.info("bf16x: %s %s", name, coded.describe())
     return True
