@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 from spark_llm import policy
 from spark_llm.argv import served_names
+from spark_llm.caches import Namespace  # noqa: TC001  one import list
 from spark_llm.config import Settings
 from spark_llm.errors import SparkLlmError
 from spark_llm.folders import Folders
@@ -62,6 +63,7 @@ class Keeper:
         self._tick = tick
         self._preparation = Preparation(settings, folders, board, tick, make_room)
         self._failures: list[policy.Failure] = []
+        self._sealed: Namespace | None = None
         self._work: asyncio.Task[None] | None = None
         board.progress(profile=profile.name, model=profile.model)
 
@@ -164,6 +166,10 @@ class Keeper:
                 await run.kill()
             await stopping
             hurried.cancel()
+            if self._sealed is not None:
+                await asyncio.to_thread(
+                    self._sealed.seal
+                )  # with what was compiled since it was ready
         self.board.enter(State.STOPPED, reason, engine_pid=None, run_id="", percent=0, speed="")
         self.settled.set()
 
@@ -219,6 +225,7 @@ class Keeper:
                 self.board.enter(State.WARMING)
                 log.info("the canary answered %r", await self.run.prove())
                 await asyncio.to_thread(prepared.namespace.seal)
+                self._sealed = prepared.namespace
                 took = time.monotonic() - started
                 log.info("%s is ready after %.1f s", self.profile.name, took)
                 self.board.enter(
@@ -230,9 +237,11 @@ class Keeper:
                     restarts_left=self._settings.engine.restart_budget - len(self._failures),
                 )
                 self.queue.open()
+                self._on_memory(self.run.memory)  # an alarm during the load counts now
                 self.settled.set()
                 await self.run.watch()
             except EngineFailedError:
+                self._sealed = None  # what a dying engine wrote is not trusted
                 await self.run.kill()
                 raise
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import os
 import time
@@ -14,7 +15,7 @@ from spark_llm import argv, gate, host, ledger, manifest, model_facts
 from spark_llm.argv import Argv
 from spark_llm.caches import CacheRoot, Namespace
 from spark_llm.config import Settings
-from spark_llm.demo_model import write_demo_model
+from spark_llm.demo_model import SEED, write_demo_model
 from spark_llm.errors import RefusedError
 from spark_llm.folders import Folders
 from spark_llm.manifest import Manifest
@@ -25,6 +26,7 @@ from spark_llm.status import State, StatusBoard
 from spark_llm.store import Failure, Note, Progress, Request, Result, Store
 from spark_llm.store.process import fetch
 from spark_llm.store.progress import Event
+from spark_llm.store.store import missing_model as store_missing
 
 log = logging.getLogger("spark_llm.prepare")
 
@@ -113,13 +115,18 @@ class Preparation:
         elif Path(model).is_absolute():
             folder = Path(model)
         else:
-            found = await asyncio.to_thread(self._store.locate, model, revision)
-            folder = found or await self._fetch(model, revision)
+            if await asyncio.to_thread(self._store.locate, model, revision) is None:
+                await self._fetch(model, revision)
+            # `rm` and repairs stay away from here on; what was there a moment ago is looked up again under the lock.
             holding.enter_context(self._store.reading(model, "served"))
+            found = await asyncio.to_thread(self._store.locate, model, revision)
+            if found is None:
+                raise store_missing(model, revision)
+            folder = found
         check_model_folder(folder)
         return folder
 
-    async def _fetch(self, model: str, revision: str) -> Path:
+    async def _fetch(self, model: str, revision: str) -> None:
         """Run the fetching process and show its progress."""
         self._board.enter(State.FETCHING, message=f"fetching {model}")
         request = fetch_request(self._settings, self._folders.models, model, revision)
@@ -127,7 +134,7 @@ class Preparation:
             while True:
                 event = await self._ticking(asyncio.ensure_future(anext(events)))
                 if isinstance(event, Result):
-                    return Path(event.path)
+                    return
                 if isinstance(event, Failure):
                     raise event.error()
                 self._show(model, event)
@@ -216,9 +223,7 @@ class Preparation:
             engine=await asyncio.to_thread(_engine_build, python),
             kernels="",
             model=profile.model,
-            model_commit=self._store.commit(profile.model, profile.revision)
-            if _on_hub(profile.model)
-            else "",
+            model_commit=await asyncio.to_thread(self._identity, profile, model),
             draft=profile.speculative.model if profile.speculative else "",
             draft_commit=profile.speculative.revision if profile.speculative else "",
             flags=bare.args[4:],
@@ -235,6 +240,18 @@ class Preparation:
         self._board.bus.publish("cache", verdict=verdict.state, message=verdict.message)
         command = build(namespace.environment())
         return Prepared(profile, command, socket, bits, namespace, account, facts)
+
+    def _identity(self, profile: Profile, folder: Path) -> str:
+        """The commit of a hub model; of a local folder, a digest of its files' names, sizes and times."""
+        if _on_hub(profile.model):
+            return self._store.commit(profile.model, profile.revision)
+        if profile.model == DEMO_MODEL:
+            return str(SEED)
+        digest = hashlib.sha256()
+        for path in sorted(folder.iterdir()):
+            found = path.stat()
+            digest.update(f"{path.name}\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
+        return f"local:{digest.hexdigest()}"
 
     async def _ticking(self, work: "asyncio.Future[Event]") -> Event:
         while not work.done():

@@ -89,6 +89,11 @@ class EngineRun:
         return tuple(self._process.tail)
 
     @property
+    def memory(self) -> Level:
+        """What the guard said last."""
+        return self._watchman.level
+
+    @property
     def alive(self) -> bool:
         """Whether any process of it is left."""
         return not self._process.exited.is_set()

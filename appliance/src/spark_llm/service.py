@@ -126,6 +126,7 @@ async def _serve(  # noqa: PLR0913, PLR0917  the parts a service is made of
     finally:
         server.should_exit = True
         await serving
+        await gateway.close()
         for task in telling:
             task.cancel()
         await asyncio.wait(telling)

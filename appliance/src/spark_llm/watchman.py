@@ -31,6 +31,7 @@ class Watchman:
     """One guard process for one engine.
 
     Attributes:
+        level: what it said last.
         killed: the guard has killed the engine.
     """
 
@@ -41,6 +42,7 @@ class Watchman:
         report: Path,
         on_level: Callable[[Level], None],
     ) -> None:
+        self.level = Level.OK
         self.killed = False
         self._on_level = on_level
         self._process = subprocess.Popen(  # noqa: S603  our own module
@@ -92,6 +94,7 @@ class Watchman:
         if level is not Level.OK:
             log.warning("memory is %s: %s", level, line.decode().strip())
         self.killed = self.killed or level is Level.HARD
+        self.level = level
         self._on_level(level)
 
 

@@ -70,6 +70,10 @@ class Gateway:
         else:
             await self._small(scope, receive, send)
 
+    async def close(self) -> None:
+        """End what runs besides requests."""
+        await self._operator.close()
+
     def _check_key(self, headers: Headers) -> keys.Key | None:
         """The key that was sent; None where none is needed.
 

@@ -63,6 +63,10 @@ class Operator:
             ),
         )
 
+    async def close(self) -> None:
+        """End all jobs."""
+        await self._jobs.close()
+
     def routes(self) -> list[Route]:
         """All routes below ``/api/v1``."""
         return [
