@@ -3,11 +3,13 @@
 import base64
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 import update_pins
-from packaging.utils import parse_wheel_filename
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name, parse_wheel_filename
 from update_pins import Pin, PinError
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +59,17 @@ def test_appliance_shares_versions_with_the_engine() -> None:
     shared = engine.keys() & appliance.keys()
     assert shared
     assert {name: engine[name] for name in shared} == {name: appliance[name] for name in shared}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_appliance_pins_meet_its_requirements(system: str) -> None:
+    """Every requirement of appliance/pyproject.toml is pinned in a version that it allows."""
+    project = tomllib.loads((ROOT / "appliance" / "pyproject.toml").read_text())["project"]
+    pins = closure("appliance", system)
+    for requirement in map(Requirement, project["dependencies"]):
+        pin = pins.get(canonicalize_name(requirement.name))
+        assert pin, f"{requirement.name} is not pinned: run `nix run .#update-pins`"
+        assert requirement.specifier.contains(pin.version), f"{requirement} against {pin.version}"
 
 
 def test_pruned_distributions_exist() -> None:
