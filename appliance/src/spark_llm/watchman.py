@@ -1,6 +1,7 @@
 """The controller's end of the memory guard: starts the guard process and hears what it says."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -58,7 +59,8 @@ class Watchman:
             start_new_session=True,  # it guards on while the controller restarts
         )
         if (tree := cgroup.current()) is not None:
-            cgroup.enter(tree.guard, self._process.pid)
+            with contextlib.suppress(OSError):  # it has ended already: the engine died at once
+                cgroup.enter(tree.guard, self._process.pid)
         self._task = asyncio.create_task(self._listen(), name="guard")
 
     async def heard(self) -> None:
