@@ -101,8 +101,8 @@ class EngineProcess:
             start_new_session=True,
         )
         if folder is not None:
-            # The launcher enters it too, before it starts anything. But a guard that looks before that would find nobody
-            # to guard, and end.
+            # The launcher enters it too, before it starts anything. But a guard that looks before that would
+            # find nobody to guard, and end.
             with contextlib.suppress(OSError):
                 cgroup.enter(folder, process.pid)
         return cls(process, on_line, folder)
