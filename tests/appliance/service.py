@@ -37,10 +37,14 @@ class Service:
         process: the controller.
         port: where its gateway listens.
         log: file with its standard error.
+        environment: what it was started with.
     """
 
-    def __init__(self, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    def __init__(
+        self, process: "subprocess.Popen[bytes]", log: Path, environment: Mapping[str, str]
+    ) -> None:
         self.process = process
+        self.environment = environment
         self.log = log
         self.port = 0
 
@@ -127,16 +131,17 @@ def service(
 ) -> Iterator[Service]:
     """A service below ``folder``; killed at the end if it still runs."""
     log = folder / "log"
+    env = dict(env or environment(folder))
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [sys.executable, "-m", "spark_llm.cli", "serve", "--port", "0", *arguments],
-            env=dict(env or environment(folder)),
+            env=env,
             cwd=folder,
             stderr=stream,
             stdout=stream,
         )
     try:
-        yield Service(process, log)
+        yield Service(process, log, env)
     finally:
         if process.poll() is None:
             process.kill()

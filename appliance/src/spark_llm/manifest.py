@@ -27,7 +27,7 @@ VOLATILE_VARIABLES = frozenset(
     {"HOME", "LOGNAME", "PATH", "PWD", "SHELL", "TERM", "TMPDIR", "USER"}
 )
 RELEVANT_PREFIXES = (
-    "B12X_", "CUDA_", "CUTE_DSL_", "DG_", "FLASHINFER_", "NCCL_", "OMP_", "PYTORCH_", "SPARK_KERNELS_",
+    "B12X_", "CUDA_", "CUTE_DSL_", "DG_", "FLASHINFER_", "NCCL_", "OMP_", "PYTORCH_", "SPARK_KERNELS",
     "TORCH", "TRITON_", "VLLM_",
 )  # fmt: skip
 """Environment variables with these beginnings can change the code an engine compiles or the kernel it picks."""
