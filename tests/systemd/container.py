@@ -5,6 +5,7 @@ network is private, cgroups are version 2. A host with version 1 leaves those wi
 task limits are then set but not enforced; delegation, ``cgroup.kill``, devices and address filters work.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from spark_llm import cgroup
 
 TREE = Path(__file__).parents[2]
 SWITCH = "SPARK_LLM_NO_NSPAWN"
@@ -189,9 +191,13 @@ def boot() -> Iterator[Container]:
     ):
         _prepare(root)
         log = Path(folder) / "console"
-        with log.open("wb") as console:
+        with _own_cgroup() as procs, log.open("wb") as console:
             process = subprocess.Popen(
                 [
+                    "sh",
+                    "-c",
+                    'echo $$ > "$0" && exec "$@"',
+                    procs,
                     "systemd-nspawn",
                     "--quiet",
                     "--register=no",
@@ -209,15 +215,15 @@ def boot() -> Iterator[Container]:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
             )
-        try:
-            yield _booted(process, root, log)
-        finally:
-            process.terminate()  # an orderly shutdown of the container
             try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+                yield _booted(process, root, log)
+            finally:
+                process.terminate()  # an orderly shutdown of the container
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
 
 
 def _booted(process: "subprocess.Popen[bytes]", root: Path, log: Path) -> Container:
@@ -235,6 +241,36 @@ def _booted(process: "subprocess.Popen[bytes]", root: Path, log: Path) -> Contai
                 return container
         time.sleep(0.1)
     raise Unable(f"systemd did not come up: {log.read_text(errors='replace')[-2000:]}")
+
+
+@contextmanager
+def _own_cgroup() -> Iterator[Path]:
+    """``cgroup.procs`` of a new cgroup: two containers in one would each clear away the other's services."""
+    parent = cgroup.own()
+    if parent is None:
+        raise Unable("cgroup version 2 is not mounted")
+    folder = parent / f"spark-llm-test-{os.getpid()}"
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise Unable(f"cannot make the cgroup {folder}: {error}") from error
+    try:
+        yield folder / "cgroup.procs"
+    finally:
+        cgroup.kill(folder)
+        for path in sorted(folder.rglob("*"), reverse=True):
+            if path.is_dir():
+                _remove_cgroup(path)
+        _remove_cgroup(folder)
+
+
+def _remove_cgroup(folder: Path) -> None:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+            return
+        time.sleep(0.05)
 
 
 @contextmanager

@@ -38,10 +38,10 @@ def test_life_of_an_installation(nix: Container) -> None:
         "spark-llm",
     ]
 
-    done = nix.run(f"{PROFILE}/bin/spark-llm", "upgrade", second, check=False, timeout=300)
-    log = nix.run("journalctl", "-u", "spark-llm.service", "-o", "cat").stdout
-    said = [line for line in log.splitlines() if not line.startswith("engine |")]
-    assert done.returncode == 0, "\n".join([done.stderr, *said[-60:]])
+    upgraded = nix.run(f"{PROFILE}/bin/spark-llm", "upgrade", second, check=False, timeout=300)
+    log = nix.run("journalctl", "-u", "spark-llm.service", "-o", "cat").stdout.splitlines()
+    own = [line for line in log if not line.startswith("engine |")]
+    assert upgraded.returncode == 0, "\n".join([upgraded.stderr, *own[-60:]])
     assert _serving(nix) == second
 
     failed = nix.run(f"{PROFILE}/bin/spark-llm", "upgrade", broken, check=False, timeout=300)
