@@ -17,6 +17,11 @@ def test_page_is_current() -> None:
     assert (DOCS / reference.PAGE).read_text() == reference.page()
 
 
+def test_settings_page_is_current() -> None:
+    """docs/reference/settings.md is what the generator writes; every setting has its meaning there."""
+    assert (DOCS / reference.SETTINGS_PAGE).read_text() == reference.settings_page()
+
+
 def test_schema_is_current() -> None:
     """docs/reference/profile.schema.json is what the generator writes."""
     assert json.loads((DOCS / reference.SCHEMA).read_text()) == reference.schema()

@@ -196,7 +196,11 @@ class Models(_Section):
 
 
 class Log(_Section):
-    """Attributes: level: least severe line that is written."""
+    """What is written to the log.
+
+    Attributes:
+        level: least severe line that is written.
+    """
 
     level: Literal["debug", "info", "warning", "error"] = "info"
 

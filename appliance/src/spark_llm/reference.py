@@ -1,6 +1,6 @@
-"""The profile reference and the JSON schema, generated from the model and the shipped files.
+"""Profile and settings reference and the JSON schema, generated from the models and the shipped files.
 
-``python -m spark_llm.reference docs/reference`` writes both; a test fails while they are stale.
+``python -m spark_llm.reference docs/reference`` writes all; a test fails while they are stale.
 """
 
 import inspect
@@ -15,10 +15,13 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from spark_llm.config import Settings
 from spark_llm.profile import Profile, load_profile, profile_names, shipped_folder
+from spark_llm.reload import LIVE
 
 SCHEMA = "profile.schema.json"
 PAGE = "profiles.md"
+SETTINGS_PAGE = "settings.md"
 
 
 def schema() -> dict[str, Any]:
@@ -115,6 +118,39 @@ def page() -> str:
     )
 
 
+def settings_page() -> str:
+    """``docs/reference/settings.md``."""
+    lines = [
+        "# Settings",
+        "",
+        "<!-- Generated: python -m spark_llm.reference docs/reference -->",
+        "",
+        "Read from `/etc/spark-llm/config.toml` (or `--config`, or `$SPARK_LLM_CONFIG`). A flag beats the",
+        "environment, the environment beats the file: `[gateway] port = 8000` is `SPARK_LLM_GATEWAY__PORT=8000`.",
+        "An unknown key is an error that names the nearest known one. Keys marked ⟳ are taken up by `systemctl reload spark-llm` (SIGHUP).",
+        "",
+        "| key | default | meaning |",
+        "|---|---|---|",
+        f"| `profile` | `{Settings.model_fields['profile'].default}` | what to serve |",
+    ]
+    for name, model in _tables(Settings):
+        lines += [
+            "",
+            f"## [{name}]",
+            "",
+            _headline(model),
+            "",
+            "| key | default | meaning |",
+            "|---|---|---|",
+        ]
+        means = meanings(model)
+        for key, field in model.model_fields.items():
+            mark = " ⟳" if f"{name}.{key}" in LIVE else ""
+            text = means[key].replace("``", "`")
+            lines.append(f"| `{key}`{mark} | {_default(field)} | {text} |")
+    return "\n".join([*lines, ""])
+
+
 def _shipped(profiles: list[Profile]) -> Iterator[str]:
     yield "| name | what | machine | context | KV cache | tok/s, one stream | source |"
     yield "|---|---|---|---|---|---|---|"
@@ -163,9 +199,10 @@ def _default(field: FieldInfo) -> str:
 
 
 def main(folder: Path) -> None:
-    """Write both files into ``folder``."""
+    """Write all files into ``folder``."""
     (folder / SCHEMA).write_text(json.dumps(schema(), indent=1) + "\n", encoding="utf-8")
     (folder / PAGE).write_text(page(), encoding="utf-8")
+    (folder / SETTINGS_PAGE).write_text(settings_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":
