@@ -113,3 +113,9 @@ async def running_gateway(folder: Path, limits: Limits | None = None) -> AsyncIt
 async def running(tmp_path: Path) -> AsyncIterator[Running]:
     async with running_gateway(tmp_path) as gateway:
         yield gateway
+
+
+@pytest.fixture
+def anyio_backend() -> tuple[str, dict[str, bool]]:
+    """The service runs on uvloop, whose transports are not asyncio's."""
+    return "asyncio", {"use_uvloop": True}
