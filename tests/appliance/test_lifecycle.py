@@ -56,6 +56,16 @@ def test_start_serve_stop(short_path: Path) -> None:
     _no_process_left(short_path)
 
 
+def test_second_start_says_how_long_it_will_take(short_path: Path) -> None:
+    """A start after the first shows the time left, from what the last one took."""
+    with stub_service(short_path) as running:
+        running.listening().wait_state("ready")
+        assert running.stop() == 0
+    with stub_service(short_path, "hang-at-load") as running:
+        running.listening()
+        wait_for(lambda: running.get("/startupz")[1]["eta_s"] is not None, 30, running.text)
+
+
 def test_events_tell_the_story(short_path: Path) -> None:
     """The event stream shows the states of a start in order and ends with the service."""
     with stub_service(short_path) as running:

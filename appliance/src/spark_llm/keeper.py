@@ -20,6 +20,7 @@ from spark_llm.prepare import Preparation
 from spark_llm.profile import Profile
 from spark_llm.reason import Reason
 from spark_llm.run import EngineFailedError, EngineRun
+from spark_llm.starts import Starts
 from spark_llm.status import SERVING, TERMINAL, State, StatusBoard
 from spark_llm.watchman import Level
 
@@ -62,6 +63,7 @@ class Keeper:
         self._settings = settings
         self._tick = tick
         self._preparation = Preparation(settings, folders, board, tick, make_room)
+        self._starts = Starts(folders.state / "starts.json")
         self._failures: list[policy.Failure] = []
         self._sealed: Namespace | None = None
         self._work: asyncio.Task[None] | None = None
@@ -212,7 +214,10 @@ class Keeper:
         with ExitStack() as holding:
             prepared = await self._preparation.prepare(self.profile, holding)
             started = time.monotonic()
-            self.board.enter(State.LOADING, percent=2, manifest=prepared.manifest.digest)
+            expected_s = self._starts.expected_s(self.profile.name)
+            self.board.enter(
+                State.LOADING, percent=2, manifest=prepared.manifest.digest, eta_s=expected_s
+            )
             self.run = EngineRun(
                 self._settings,
                 prepared,
@@ -221,13 +226,14 @@ class Keeper:
                 self._on_memory,
             )
             try:
-                await self.run.load()
+                await self.run.load(expected_s)
                 self.board.enter(State.WARMING)
                 log.info("the canary answered %r", await self.run.prove())
                 await asyncio.to_thread(prepared.namespace.seal)
                 self._sealed = prepared.namespace
                 took = time.monotonic() - started
                 log.info("%s is ready after %.1f s", self.profile.name, took)
+                self._starts.took(self.profile.name, took)
                 self.board.enter(
                     State.READY,
                     message=f"ready after {took:.1f} s",

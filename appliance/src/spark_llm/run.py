@@ -98,20 +98,25 @@ class EngineRun:
         """Whether any process of it is left."""
         return not self._process.exited.is_set()
 
-    async def load(self) -> None:
+    async def load(self, expected_s: float | None = None) -> None:
         """Wait until the engine answers; bounded by progress, not by a clock.
+
+        Args:
+            expected_s: how long the last start took, for the time left that is shown; None if unknown.
 
         Raises:
             EngineFailedError: it exited, or nothing about it moved for ``stall_timeout_s``.
         """
         loop = asyncio.get_running_loop()
         seen: LoadWatch | None = None
-        next_look = loop.time()
+        started = next_look = loop.time()
         while not await self._answers():
             self._tick()
             now = loop.time()
             if now >= next_look:
                 next_look = now + _TICK_S
+                if expected_s is not None:
+                    self._board.progress(eta_s=max(0.0, expected_s - (now - started)))
                 seen = watch(seen, self._process.vitals(), self._lines, now)
                 if stalled(seen, now, self._settings.stall_timeout_s):
                     raise EngineFailedError(
