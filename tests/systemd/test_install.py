@@ -16,6 +16,7 @@ def nix() -> Iterator[Container]:
         yield container
 
 
+@pytest.mark.timeout(900)  # five starts of the engine
 def test_life_of_an_installation(nix: Container) -> None:
     """Install, upgrade, an upgrade whose canary fails and goes back by itself, roll back, uninstall: data stays."""
     first = _package(nix, "1")

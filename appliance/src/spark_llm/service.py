@@ -97,7 +97,12 @@ async def _serve(  # noqa: PLR0913, PLR0917  the parts a service is made of
     gateway = Gateway(controller, door.accepted)
     files = tls.files(settings.gateway, os.environ)
     context = tls.context(files) if files else None
-    server = Server(gateway, settings.gateway, context, notifier.ready)
+
+    def started() -> None:
+        notifier.status(notify.status_line(controller.board.now))
+        notifier.ready()
+
+    server = Server(gateway, settings.gateway, context, started)
     reloader = reload.Reloader(settings, reread, folders, door.hosts, gateway, controller, context)
 
     def stop() -> None:
