@@ -161,6 +161,8 @@ _DISTRIBUTIONS = (
     "flashinfer-python",
     "nvidia-cutlass-dsl",
     "b12x",
+    "spark-kernels",
+    "spark-llm-engine-plugin",
 )
 
 
@@ -184,6 +186,14 @@ def engine_build(python: Path) -> str:
         digest.update(f"{name}\0".encode())
         digest.update(hashlib.sha256(record.read_bytes()).digest())
     return f"records:{digest.hexdigest()}"
+
+
+def kernels_build(python: Path) -> str:
+    """Identity of the spark_kernels that ``python`` has; empty without them, or where the store path names them too."""
+    for name, record in _records(python):
+        if name.startswith("spark_kernels-"):
+            return f"records:{hashlib.sha256(record.read_bytes()).hexdigest()}"
+    return ""
 
 
 def _records(python: Path) -> Iterable[tuple[str, Path]]:

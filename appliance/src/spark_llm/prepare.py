@@ -221,7 +221,7 @@ class Preparation:
             )
         bits = manifest.build(
             engine=await asyncio.to_thread(_engine_build, python),
-            kernels="",
+            kernels=manifest.kernels_build(python),
             model=profile.model,
             model_commit=await asyncio.to_thread(self._identity, profile, model),
             draft=profile.speculative.model if profile.speculative else "",
