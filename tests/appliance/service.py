@@ -179,6 +179,21 @@ def stub_service(folder: Path, fault: str = "", **settings: str) -> Iterator[Ser
         yield running
 
 
+def processes_of(group: int) -> list[str]:
+    """Living members of a process group. vLLM overwrites its arguments and environment, so only numbers tell."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                name, _, rest = (entry / "stat").read_text().rpartition(")")
+            except OSError:
+                continue
+            fields = rest.split()
+            if fields[0] not in "ZX" and int(fields[2]) == group:
+                found.append(f"{name})")
+    return found
+
+
 def processes_below(folder: Path) -> list[str]:
     """Command lines of living processes that name ``folder`` in their arguments or environment."""
     found = []

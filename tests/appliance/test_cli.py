@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from spark_llm import __version__
 
-from tests.appliance.service import environment
+from tests.appliance.service import environment, stub_service
 
 
 def _run(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -86,3 +86,24 @@ def test_help_of_every_command(tmp_path: Path, command: str) -> None:
     done = _run(tmp_path, command, "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
+
+
+def test_status_over_tls(short_path: Path) -> None:
+    """``status`` reaches a service that speaks TLS, whose certificate only the service can read."""
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=spark"),
+            *("-keyout", str(short_path / "key.pem"), "-out", str(short_path / "cert.pem")),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    settings = {
+        "SPARK_LLM_GATEWAY__TLS_CERTIFICATE": str(short_path / "cert.pem"),
+        "SPARK_LLM_GATEWAY__TLS_KEY": str(short_path / "key.pem"),
+    }
+    with stub_service(short_path, **settings) as running:
+        port = running.wait_log(r"listening on https://[^:]+:(\d+)")[1]
+        done = _run(short_path, "status", "--json", SPARK_LLM_GATEWAY__PORT=port)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["profile"] == "stub"

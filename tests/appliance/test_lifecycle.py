@@ -166,6 +166,7 @@ def test_killed_controller_leaves_nothing(short_path: Path) -> None:
         engine = running.wait_state("ready")["engine_pid"]
         running.process.kill()
         running.process.wait()
+        # The stub's worker asks for no signal at its parent's death, as vLLM's does not without our plugin.
         wait_for(lambda: not Path(f"/proc/{engine}").exists(), 10, lambda: "the engine lives on")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import openai
 
-from tests.appliance.service import Service, processes_below, wait_for
+from tests.appliance.service import Service, processes_below, processes_of, wait_for
 from tests.e2e.conftest import START_TIMEOUT_S, demo_service
 
 
@@ -17,8 +17,12 @@ def _client(running: Service) -> openai.OpenAI:
     )
 
 
-def _no_process_left(folder: Path) -> None:
-    wait_for(lambda: not processes_below(folder), 20, lambda: f"left: {processes_below(folder)}")
+def _no_process_left(folder: Path, *groups: int) -> None:
+    def left() -> list[str]:
+        members = [member for group in groups for member in processes_of(group)]
+        return members + processes_below(folder)
+
+    wait_for(lambda: not left(), 20, lambda: f"left: {left()}")
 
 
 def _stream(running: Service, tokens: int, started: concurrent.futures.Future[None]) -> int:
@@ -41,7 +45,7 @@ def _stream(running: Service, tokens: int, started: concurrent.futures.Future[No
 def test_drain_under_load(short_path: Path, engine_cache: Path) -> None:
     """SIGTERM under load: running streams end whole, later requests are 503, exit 0, no process is left."""
     with demo_service(short_path, engine_cache) as running:
-        running.wait_state("ready", timeout_s=START_TIMEOUT_S)
+        engine = running.wait_state("ready", timeout_s=START_TIMEOUT_S)["engine_pid"]
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             started: list[concurrent.futures.Future[None]] = [
                 concurrent.futures.Future() for _ in range(4)
@@ -55,7 +59,7 @@ def test_drain_under_load(short_path: Path, engine_cache: Path) -> None:
             assert (late[0], late[1]["error"]["code"]) == (503, "draining")
             assert [stream.result(120) for stream in streams] == [1500] * 4
         assert running.process.wait(60) == 0
-    _no_process_left(short_path)
+    _no_process_left(short_path, engine)
 
 
 def test_killed_engine_comes_back_and_killed_controller_leaves_nothing(
@@ -77,4 +81,4 @@ def test_killed_engine_comes_back_and_killed_controller_leaves_nothing(
             assert client.completions.create(model="demo", prompt="the", max_tokens=3).choices
         running.process.kill()
         running.process.wait()
-    _no_process_left(short_path)
+    _no_process_left(short_path, first["engine_pid"], second["engine_pid"])

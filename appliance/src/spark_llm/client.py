@@ -1,7 +1,9 @@
 """The command line's side of the service's own API."""
 
+import http.client
 import json
 import os
+import ssl
 import time
 import urllib.error
 import urllib.request
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+from spark_llm import sockets
 from spark_llm.config import Settings
 from spark_llm.errors import ConfigError, SparkLlmError, TryAgainError
 from spark_llm.reason import Reason
@@ -25,23 +28,49 @@ def ask(settings: Settings, path: str, body: object = None) -> tuple[int, dict[s
         TryAgainError: nobody listens there.
         SparkLlmError: what listens is not spark-llm.
     """
-    url = f"http://{_client_host(settings.gateway.host)}:{settings.gateway.port}{path}"
+    place = f"{_client_host(settings.gateway.host)}:{settings.gateway.port}"
+    try:
+        try:
+            return _ask(f"http://{place}{path}", body, None)
+        except (http.client.BadStatusLine, ConnectionResetError):
+            # What answers there speaks TLS: the credential that says so is readable by the service alone.
+            return _ask(f"https://{place}{path}", body, _trust(settings))
+    except OSError as error:
+        if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
+            raise SparkLlmError(
+                f"the certificate of {place} is not trusted: {error}",
+                reason=Reason.UNAUTHORIZED,
+                hint="Set gateway.tls_certificate to a file that this user may read.",
+            ) from error
+        raise TryAgainError(
+            f"no service answers at {place}",
+            reason=Reason.NOT_READY,
+            hint="Start it with `spark-llm serve` or `systemctl start spark-llm`.",
+        ) from error
+
+
+def _ask(url: str, body: object, trust: ssl.SSLContext | None) -> tuple[int, dict[str, Any]]:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310  http or https, see ask
     if key := os.environ.get("SPARK_LLM_API_KEY"):
         request.add_header("Authorization", f"Bearer {key}")
     try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310  as above
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=trust) as answer:  # noqa: S310
             return answer.status, _json(answer.read(), url)
     except urllib.error.HTTPError as error:
         with error:
             return error.code, _json(error.read(), url)
-    except OSError as error:
-        raise TryAgainError(
-            f"no service answers at {url}",
-            reason=Reason.NOT_READY,
-            hint="Start it with `spark-llm serve` or `systemctl start spark-llm`.",
-        ) from error
+
+
+def _trust(settings: Settings) -> ssl.SSLContext:
+    """Whom to believe: on loopback whoever listens, as with plain HTTP; elsewhere the usual roots and ours."""
+    context = ssl.create_default_context()
+    if sockets.is_loopback(_client_host(settings.gateway.host).strip("[]")):
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    elif settings.gateway.tls_certificate:
+        context.load_verify_locations(settings.gateway.tls_certificate)
+    return context
 
 
 def tell(settings: Settings, path: str, body: object) -> dict[str, Any]:

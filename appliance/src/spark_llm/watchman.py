@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 from spark_llm import cgroup
 from spark_llm.config import Memory
 
+_UNIT_REPORT = Path("/run/spark-llm-guard/report.json")
+_UNIT_REPORT_AGE_S = 10.0
 _LAST_WORDS_S = 1.0
 """The guard ends within one poll of its engine's end, and its pipe with it."""
 
@@ -66,6 +69,7 @@ class Watchman:
     async def heard(self) -> None:
         """Wait until all that the guard said so far is taken in; it says why before it kills."""
         await asyncio.wait((self._task,), timeout=_LAST_WORDS_S)
+        self.killed = self.killed or _killed_by_unit()
 
     async def close(self) -> None:
         """Stop the guard; its engine is gone."""
@@ -98,6 +102,15 @@ class Watchman:
         self.killed = self.killed or level is Level.HARD
         self.level = level
         self._on_level(level)
+
+
+def _killed_by_unit(report: Path = _UNIT_REPORT) -> bool:
+    """Whether spark-llm-guard.service, the second guard, has just killed the engine."""
+    try:
+        fresh = time.time() - report.stat().st_mtime < _UNIT_REPORT_AGE_S
+        return fresh and json.loads(report.read_bytes())["level"] == Level.HARD
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _arguments(settings: Memory, group: int, report: Path) -> list[str]:
