@@ -114,6 +114,7 @@ def test_model_is_loaded_on_demand(short_path: Path) -> None:
     with _two_profiles(short_path, **ON_DEMAND) as running:
         assert running.post(CHAT, {"model": "other"})[0] == 200
         assert [item["profile"] for item in running.status()["others"]] == ["other"]
+        assert len(running.get("/v1/models")[1]["data"]) == 2
         assert running.post(CHAT, {"model": "default"})[0] == 200
         assert running.stop() == 0
     wait_for(lambda: not processes_below(short_path), 10, lambda: "left")

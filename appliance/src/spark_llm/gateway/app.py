@@ -1,5 +1,7 @@
 """The gateway as one ASGI application."""
 
+import contextlib
+import json
 from typing import Any
 
 from starlette.applications import Starlette
@@ -65,7 +67,9 @@ class Gateway:
         except Reply as reply:
             await _refusal(path, reply)(scope, receive, send)
             return
-        if path in ROUTES:
+        if path == "/v1/models" and self._controller.others:
+            await self._all_models(scope, receive, send)
+        elif path in ROUTES:
             await self._proxy(scope, receive, send)
         else:
             await self._small(scope, receive, send)
@@ -108,6 +112,19 @@ class Gateway:
             Route("/metrics", self._metrics_text),
             *self._operator.routes(),
         ]
+
+    async def _all_models(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The lists of all engines that are ready, as one."""
+        listed: list[Any] = []
+        for keeper in self._controller.keepers():
+            with contextlib.suppress(Reply, UpstreamError, TimeoutError, ValueError, LookupError):
+                used_at = (
+                    keeper.used_at
+                )  # to be listed is not to be used: it must not put off unloading
+                _, body = await keeper.upstream().get("/v1/models", _SCRAPE_TIMEOUT_S)
+                listed += json.loads(body)["data"]
+                keeper.used_at = used_at
+        await JSONResponse({"object": "list", "data": listed})(scope, receive, send)
 
     async def _livez(self, _: Request) -> Response:
         age = self._controller.tick_age_s()
