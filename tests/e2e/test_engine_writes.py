@@ -74,6 +74,7 @@ def test_the_engine_writes_below_its_namespace_only(folder: Path) -> None:
     profile = compiled(load_profile("demo", (shipped_folder(),)))
     socket_path = folder / "run" / "engine.sock"
     (folder / "run").mkdir()
+    (folder / "engine").mkdir()
     identity = manifest.build(
         engine=manifest.engine_build(PYTHON), kernels="", model="demo", model_commit="0" * 40
     )
@@ -81,7 +82,7 @@ def test_the_engine_writes_below_its_namespace_only(folder: Path) -> None:
     assert namespace.prepare().state is State.NEW
     command = argv.build(
         profile,
-        python=PYTHON,
+        python=folder / "engine" / "bin" / "python",
         model=folder / "model",
         socket=socket_path,
         home=folder / "nowhere",
@@ -92,6 +93,8 @@ def test_the_engine_writes_below_its_namespace_only(folder: Path) -> None:
     script = " && ".join(
         [
             f"mount --bind {folder} {folder}",
+            # The checkout may lie below a watched place, and the engine with it.
+            f"mount --bind {PYTHON.parents[1]} {folder / 'engine'}",
             *(f"mount -t tmpfs none {place}" for place in WATCHED if Path(place).is_dir()),
             "mount -o remount,bind,ro /",
             'exec "$@"',
@@ -117,7 +120,7 @@ def test_the_engine_writes_below_its_namespace_only(folder: Path) -> None:
     assert outside == []
     assert not (folder / "nowhere").exists()
     assert sealed > 10, "a compiled start leaves its artefacts in the cache"
-    assert {path.name for path in folder.iterdir()} == {"model", "run", "cache"}
+    assert {path.name for path in folder.iterdir()} == {"engine", "model", "run", "cache"}
     assert "Read-only file system" not in log.read_text(errors="replace")
     assert_kept(namespace, sealed)
 
