@@ -211,11 +211,13 @@ async def _inject(  # noqa: PLR0913, PLR0917
         faults["memory squeezed"] = _squeeze
     end = time.monotonic() + seconds
     order: list[str] = []
-    while time.monotonic() < end:
+    while (
+        time.monotonic() < end or order
+    ):  # a round that was begun is finished: each fault as often as the others
         if not order:
             order = chance.sample(sorted(faults), len(faults))
         name = order.pop()
-        await asyncio.sleep(min(between_s, max(0.0, end - time.monotonic())))
+        await asyncio.sleep(between_s)
         tally.faults[name] += 1
         await faults[name](running)
         await asyncio.to_thread(running.wait_state, "ready", timeout_s=START_TIMEOUT_S)

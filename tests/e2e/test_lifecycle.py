@@ -4,11 +4,15 @@ import concurrent.futures
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import openai
 
 from tests.appliance.service import Service, processes_below, processes_of, wait_for
 from tests.e2e.conftest import START_TIMEOUT_S, demo_service
+
+TOKENS = 2500
+"""Of each stream under which the service is stopped: seconds of decoding."""
 
 
 def _client(running: Service) -> openai.OpenAI:
@@ -42,23 +46,30 @@ def _stream(running: Service, tokens: int, started: concurrent.futures.Future[No
         return counted
 
 
+def _refusal(running: Service) -> dict[str, Any] | None:
+    """The body of a 503; None while requests are still answered, for a moment after the signal."""
+    status, body = running.post(
+        "/v1/completions", {"model": "default", "prompt": "a", "max_tokens": 1}
+    )
+    return body if status == 503 else None
+
+
 def test_drain_under_load(short_path: Path, engine_cache: Path) -> None:
     """SIGTERM under load: running streams end whole, later requests are 503, exit 0, no process is left."""
-    with demo_service(short_path, engine_cache) as running:
+    with demo_service(short_path, engine_cache, SPARK_LLM_ENGINE__DRAIN_TIMEOUT_S="150") as running:
         engine = running.wait_state("ready", timeout_s=START_TIMEOUT_S)["engine_pid"]
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             started: list[concurrent.futures.Future[None]] = [
                 concurrent.futures.Future() for _ in range(4)
             ]
-            streams = [pool.submit(_stream, running, 1500, begun) for begun in started]
+            streams = [pool.submit(_stream, running, TOKENS, begun) for begun in started]
             for begun in started:
                 begun.result(60)
             running.process.send_signal(signal.SIGTERM)
-            running.wait_state("draining")
-            late = running.post("/v1/completions", {"model": "default", "prompt": "the"})
-            assert (late[0], late[1]["error"]["code"]) == (503, "draining")
-            assert [stream.result(120) for stream in streams] == [1500] * 4
-        assert running.process.wait(60) == 0
+            late = wait_for(lambda: _refusal(running), 30, running.text)
+            assert late["error"]["code"] == "draining"
+            assert [stream.result(180) for stream in streams] == [TOKENS] * 4
+        assert running.process.wait(180) == 0
     _no_process_left(short_path, engine)
 
 
