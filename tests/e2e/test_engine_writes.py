@@ -106,6 +106,7 @@ def test_the_engine_writes_below_its_namespace_only(folder: Path) -> None:
             ["unshare", "--mount", "--map-root-user", "--fork", "--pid", "--mount-proc", "--kill-child",
              "sh", "-c", script, "sh", *command.args],
             stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=command.environment,
+            cwd=folder,
         )  # fmt: skip
     try:
         wait_ready(engine, socket_path, log)
@@ -140,8 +141,8 @@ def compiled(profile: Profile) -> Profile:
 def wait_ready(engine: "subprocess.Popen[bytes]", path: Path, log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while ask(path, "GET", "/health") != 200:
-        assert engine.poll() is None, log.read_text(errors="replace")[-3000:]
-        assert time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
+        assert engine.poll() is None, log.read_text(errors="replace")[-9000:]
+        assert time.monotonic() < deadline, log.read_text(errors="replace")[-9000:]
         time.sleep(0.5)  # the socket appears without an event we could wait for
 
 
