@@ -180,6 +180,8 @@ def boot() -> Iterator[Container]:
     Raises:
         Unable: with the reason.
     """
+    if str(TREE).startswith(_HIDDEN):
+        raise Unable(f"hardened services cannot see {TREE}: clone it outside {', '.join(_HIDDEN)}")
     if os.geteuid() != 0:
         raise Unable("only root can mount an overlay and boot a container")
     for program in ("systemd-nspawn", "nsenter", "curl"):
