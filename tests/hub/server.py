@@ -3,6 +3,8 @@
 Two servers on two ports, as at the real one: the hub itself, and the CDN that large files are redirected to with signed
 addresses. ``LocalHub`` runs both in threads; ``python tests/hub/server.py FOLDER`` serves a folder as one model in a
 process of its own, for benchmarks.
+
+Over 400 lines because the protocol and its faults are one program, which benchmarks start by its file name.
 """
 
 import fnmatch

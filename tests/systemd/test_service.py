@@ -1,4 +1,7 @@
-"""The service under a real systemd, as far as it does not need the engine."""
+"""The service under a real systemd, as far as it does not need the engine.
+
+Over 400 lines because all of it shares one booted container, and a second boot costs half a minute.
+"""
 
 import json
 from collections.abc import Callable, Iterator

@@ -1,4 +1,7 @@
-"""Receipts, plans, locks and retries as pure values: properties that hold for all of them."""
+"""Receipts, plans, locks and retries as pure values: properties that hold for all of them.
+
+Over 400 lines because the properties share their strategies, which would otherwise stand twice.
+"""
 
 import json
 import os
