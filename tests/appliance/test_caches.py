@@ -1,8 +1,12 @@
 """The compile caches: namespaces, seals, and what happens to what does not match."""
 
 import os
+import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +15,9 @@ from spark_llm import manifest as manifests
 from spark_llm.caches import SCRATCH_LIMIT, CacheRoot, Entry, Namespace, State, to_prune, variables
 from spark_llm.errors import ConfigError
 from spark_llm.reason import Reason
+from spark_llm.store.lock import Lock
+
+from tests.appliance.service import wait_for
 
 MANIFEST = manifests.build(engine="e", kernels="k", model="org/name", model_commit="0" * 40)
 
@@ -165,6 +172,63 @@ def test_clear_spares_what_is_in_use(tmp_path: Path) -> None:
         assert [entry.in_use for entry in root.entries()] == [True]
     assert [entry.name for entry in root.clear()] == [used.path.name]
     assert root.entries() == []
+
+
+def test_a_namespace_in_use_is_taken_as_it_is(namespace: Namespace) -> None:
+    """A second engine of the same manifest finds the folders and does not empty the scratch folder of the first."""
+    fill(namespace)
+    namespace.seal()
+    with namespace.hold("serving") as first:
+        assert first.state is State.VALID
+        mine = Path(namespace.environment()["TMPDIR"]) / "socket"
+        mine.touch()
+        fresh = namespace.data / "vllm/cache/just-compiled"
+        fresh.touch()
+        with Namespace(namespace.path, MANIFEST).hold("serving too") as second:
+            assert second.state is State.SHARED
+            assert mine.exists()
+            assert fresh.exists()
+    with namespace.hold("serving") as third:
+        assert third.state is State.RESTORED
+        assert not mine.exists()
+
+
+def test_engines_that_start_at_once_share_a_namespace(namespace: Namespace) -> None:
+    """Of many starts at the same time each gets the namespace, with all its folders; one of them prepares it."""
+    all_hold = threading.Barrier(8)
+
+    def start(_: int) -> State:
+        with Namespace(namespace.path, MANIFEST).hold("serving") as verdict:
+            assert Path(namespace.environment()["TMPDIR"]).is_dir()
+            all_hold.wait(30)
+            return verdict.state
+
+    with ThreadPoolExecutor(8) as pool:
+        states = list(pool.map(start, range(8)))
+    assert sorted(states) == [State.NEW, *[State.SHARED] * 7]
+
+
+def test_a_namespace_removed_while_a_start_waits_is_made_again(namespace: Namespace) -> None:
+    """A start that finds the namespace being removed waits and gets a whole one under a lock that counts."""
+    fill(namespace)
+    root = CacheRoot(namespace.path.parent)
+    with ExitStack() as held, ThreadPoolExecutor(1) as pool:
+        with Lock(namespace.path / "lock", "cache").hold("remove"):
+            waiting = pool.submit(held.enter_context, namespace.hold("serving"))
+            wait_for(lambda: _is_waited_for(namespace.path / "lock"), 30, lambda: "nobody waits")
+            shutil.rmtree(namespace.path)
+        assert waiting.result(30).state is State.SHARED
+        assert Path(namespace.environment()["TMPDIR"]).is_dir()
+        assert not root.remove(namespace.path.name)
+    assert root.remove(namespace.path.name)
+
+
+def _is_waited_for(path: Path) -> bool:
+    """Whether somebody is blocked on this lock, as proc_locks(5) shows it."""
+    inode = f":{path.stat().st_ino} "
+    return any(
+        "->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines()
+    )
 
 
 def test_prune_removes_the_least_recently_used_first() -> None:

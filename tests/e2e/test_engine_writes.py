@@ -113,8 +113,7 @@ def test_the_engine_writes_below_its_namespace_only(folder: Path) -> None:
         question = {"model": "default", "prompt": "Say something.", "max_tokens": 4}
         assert ask(socket_path, "POST", "/v1/completions", question) == 200
         outside = list(written_outside(engine.pid))
-        with namespace.hold("serving"):
-            sealed = namespace.seal()
+        sealed = namespace.seal()
     finally:
         engine.kill()
         engine.wait()

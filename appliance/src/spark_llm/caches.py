@@ -9,16 +9,18 @@
         data/           everything the engine writes; the folders of caches.toml
         tmp/            its TMPDIR, emptied before each start
 
-The life of a namespace: ``prepare`` before the engine starts (it calls ``check``), ``seal`` once it is ready and
-again after a clean stop. ``check`` brings the folder back to its last sealed state or throws away what cannot be
-brought back, and its verdict says so.
+The life of a namespace: ``hold`` before the engine starts and as long as it runs (it calls ``prepare``, unless
+another engine has the namespace), ``seal`` once it is ready and again after a clean stop. ``check``, a part of
+``prepare``, brings the folder back to its last sealed state or throws away what cannot be brought back, and its verdict
+says so.
 """
 
+import fcntl
 import shutil
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -47,6 +49,7 @@ class State(StrEnum):
     RESTORED = "restored"
     PARTLY_DISCARDED = "partly_discarded"
     DISCARDED = "discarded"
+    SHARED = "shared"
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ class Verdict:
 
     Attributes:
         state: NEW nothing was there; VALID as sealed; RESTORED files written after the seal were removed;
-            PARTLY_DISCARDED whole components went because sealed files had changed; DISCARDED everything went.
+            PARTLY_DISCARDED whole components went because sealed files had changed; DISCARDED everything went;
+            SHARED another engine has it, so nothing was looked at.
         message: one sentence for the journal and ``STATUS=``.
         files: sealed files that are there and right.
         bytes: their size together, in bytes.
@@ -136,26 +140,49 @@ class Namespace:
         }
 
     def prepare(self) -> Verdict:
-        """Check the seal, make all folders, empty the scratch folder, note the time of use.
+        """Check the seal, make all folders, empty the scratch folder, note the time of use; for who has it alone.
 
         Raises:
             OSError: the folder cannot be written.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         verdict = self.check()
+        for folder in variables()["scratch"].values():
+            shutil.rmtree(self.path / folder, ignore_errors=True)
+        self._make_folders()
+        return verdict
+
+    @contextmanager
+    def hold(self, reason: str) -> Iterator[Verdict]:
+        """Prepare it and keep other starts, ``prune`` and ``clear`` away while the engine runs.
+
+        An engine beside it with the same manifest (two profiles may differ in name alone) takes the namespace as it is:
+        to check it or to empty its scratch folder would pull files from under the first.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        lock = _lock(self.path)
+        with ExitStack() as held:
+            try:
+                descriptor = held.enter_context(lock.hold(reason))
+            except BusyError:
+                held.enter_context(lock.hold(reason, shared=True, wait=True))
+                self._make_folders()
+                verdict = Verdict(State.SHARED, "compile cache shared with an engine that runs")
+            else:
+                verdict = self.prepare()
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            yield verdict
+
+    def _make_folders(self) -> None:
         for folder in variables()["folders"].values():
             (self.data / folder).mkdir(parents=True, exist_ok=True)
         for folder in variables()["scratch"].values():
-            shutil.rmtree(self.path / folder, ignore_errors=True)
-            (self.path / folder).mkdir(mode=0o700)
+            (self.path / folder).mkdir(mode=0o700, exist_ok=True)
         durable.write_json(
             self.path / "manifest.json", {**to_json(self.manifest), "used": time.time()}
         )
-        return verdict
-
-    def hold(self, reason: str) -> AbstractContextManager[int]:
-        """Keep ``prune`` and ``clear`` away while the engine runs."""
-        return _lock(self.path).hold(reason, shared=True)
 
     def seal(self) -> int:
         """Record every file as it is now; the number of files. Unchanged files are not read again."""

@@ -233,8 +233,9 @@ class Preparation:
         )
         caches = CacheRoot(self._folders.cache)
         namespace = caches.namespace(bits)
-        verdict = await asyncio.to_thread(namespace.prepare)
-        holding.enter_context(namespace.hold(f"serving {profile.name}"))
+        verdict = await asyncio.to_thread(
+            holding.enter_context, namespace.hold(f"serving {profile.name}")
+        )
         cache = self._settings.cache
         await asyncio.to_thread(caches.prune, max_bytes=cache.max_bytes, keep=cache.keep)
         self._board.bus.publish("cache", verdict=verdict.state, message=verdict.message)

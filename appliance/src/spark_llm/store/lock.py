@@ -85,29 +85,38 @@ class Lock:
             BusyError: somebody else has it and ``wait`` is False.
         """
         mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-        writable = True
+        descriptor, writable = self._locked(mode, shared=shared)
         try:
-            descriptor = _open(self.path)
-        except OSError as error:
-            if not shared or error.errno not in _READ_ONLY:
-                raise
-            writable = False
-            descriptor = _open_existing(self.path)
-        if descriptor < 0:
-            yield descriptor
-            return
-        try:
-            try:
-                fcntl.flock(descriptor, mode)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise BusyError(self._what, self.owner()) from None
-                raise
             if writable:
                 _write(descriptor, Owner(os.getpid(), reason, time.time()))
             yield descriptor
         finally:
-            os.close(descriptor)
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def _locked(self, mode: int, *, shared: bool) -> tuple[int, bool]:
+        """A locked descriptor (or -1) of the file that has the path's name now, and whether it may be written."""
+        while True:
+            writable = True
+            try:
+                descriptor = _open(self.path)
+            except OSError as error:
+                if not shared or error.errno not in _READ_ONLY:
+                    raise
+                writable = False
+                descriptor = _open_existing(self.path)
+                if descriptor < 0:
+                    return descriptor, writable
+            try:
+                fcntl.flock(descriptor, mode)
+                if _has_name(descriptor, self.path):
+                    return descriptor, writable
+            except OSError as error:
+                os.close(descriptor)
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise BusyError(self._what, self.owner()) from None
+                raise
+            os.close(descriptor)  # while we waited it was removed with its folder
 
     def owner(self) -> Owner | None:
         """The last one who took the lock and wrote its name."""
@@ -143,6 +152,14 @@ def _open(path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     os.fchmod(descriptor, folder.stat().st_mode & 0o666)
     return descriptor
+
+
+def _has_name(descriptor: int, path: Path) -> bool:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), found)
 
 
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
