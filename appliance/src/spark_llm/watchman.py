@@ -1,4 +1,4 @@
-"""The controller's end of the memory guard: starts the guard process and hears what it says."""
+"""The controller's end of the memory guard: keeps the guard process running and hears what it says."""
 
 import asyncio
 import contextlib
@@ -19,6 +19,8 @@ _UNIT_REPORT = Path("/run/spark-llm-guard/report.json")
 _UNIT_REPORT_AGE_S = 10.0
 _LAST_WORDS_S = 1.0
 """The guard ends within one poll of its engine's end, and its pipe with it."""
+_RESTART_S = 1.0
+"""Before a guard that died takes up its work again, so that one which cannot start costs little."""
 
 log = logging.getLogger("spark_llm.guard")
 
@@ -32,7 +34,7 @@ class Level(StrEnum):
 
 
 class Watchman:
-    """One guard process for one engine.
+    """A guard process for one engine; where it dies before its engine, another follows.
 
     Attributes:
         level: what it said last.
@@ -49,13 +51,38 @@ class Watchman:
         self.level = Level.OK
         self.killed = False
         self._on_level = on_level
-        self._process = subprocess.Popen(  # noqa: S603  our own module
-            [
-                sys.executable,
-                "-m",
-                "spark_llm.guard",
-                *_arguments(settings, group, report),
-            ],
+        self._command = [
+            sys.executable,
+            "-m",
+            "spark_llm.guard",
+            *_arguments(settings, group, report),
+        ]
+        self._over = asyncio.Event()
+        self._process = self._start()
+        self._task = asyncio.create_task(self._keep(), name="guard")
+
+    @property
+    def pid(self) -> int:
+        """Of the guard process that is at work."""
+        return self._process.pid
+
+    async def heard(self) -> None:
+        """The engine is gone: wait until all that the guard said is taken in; it says why before it kills."""
+        self._over.set()
+        await asyncio.wait((self._task,), timeout=_LAST_WORDS_S)
+        self.killed = self.killed or _killed_by_unit()
+
+    async def close(self) -> None:
+        """Stop the guard; its engine is gone."""
+        self._over.set()
+        self._process.terminate()
+        await asyncio.to_thread(self._process.wait)
+        await asyncio.wait((self._task,), timeout=1.0)
+        self._task.cancel()
+
+    def _start(self) -> "subprocess.Popen[bytes]":
+        process = subprocess.Popen(  # noqa: S603  our own module
+            self._command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             env={name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
@@ -63,20 +90,21 @@ class Watchman:
         )
         if (tree := cgroup.current()) is not None:
             with contextlib.suppress(OSError):  # it has ended already: the engine died at once
-                cgroup.enter(tree.guard, self._process.pid)
-        self._task = asyncio.create_task(self._listen(), name="guard")
+                cgroup.enter(tree.guard, process.pid)
+        return process
 
-    async def heard(self) -> None:
-        """Wait until all that the guard said so far is taken in; it says why before it kills."""
-        await asyncio.wait((self._task,), timeout=_LAST_WORDS_S)
-        self.killed = self.killed or _killed_by_unit()
-
-    async def close(self) -> None:
-        """Stop the guard; its engine is gone."""
-        self._process.terminate()
-        await asyncio.to_thread(self._process.wait)
-        await asyncio.wait((self._task,), timeout=1.0)
-        self._task.cancel()
+    async def _keep(self) -> None:
+        while True:
+            await self._listen()
+            code = await asyncio.to_thread(self._process.wait)
+            if code == 0 or self.killed or self._over.is_set():  # 0: its engine is gone
+                return
+            log.error("the memory guard died (%d) before its engine; another is started", code)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_RESTART_S):
+                    await self._over.wait()
+                return
+            self._process = self._start()
 
     async def _listen(self) -> None:
         assert self._process.stdout is not None  # noqa: S101  for the type checker: PIPE was asked for
