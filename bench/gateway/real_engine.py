@@ -1,8 +1,9 @@
-"""The gateway in front of a real vLLM, beside the same vLLM reached directly over its Unix socket, in one run.
+"""The gateway in front of a real vLLM, beside the same vLLM reached directly and through nginx, in one run.
 
     python bench/gateway/real_engine.py --rounds 3 --out bench/gateway/results/real-engine
 
-Starts `spark-llm serve` with the demo model. Needs cc, `spark-llm` on PATH and the embedded engine (`make engine`).
+Starts `spark-llm serve` with the demo model, and nginx before the same engine's Unix socket: what nginx loses, a hop
+costs by itself. Needs cc, nginx, `spark-llm` on PATH and the embedded engine (`make engine`).
 """
 
 import argparse
@@ -25,6 +26,7 @@ import targets
 
 Row = dict[str, float | str]
 READY_TIMEOUT_S = 300.0
+WAYS = ("direct", "nginx", "spark-llm")
 CASES = {
     "64 streams of 64 tokens": ("--clients", "64", "--max-tokens", "64", "--warm-up", "4"),
     "1 client, 8 tokens": ("--clients", "1", "--max-tokens", "8", "--warm-up", "1"),
@@ -39,17 +41,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.md")
     options = parser.parse_args()
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="bench-") as name, _served(Path(name)) as port:
-        ways = {
-            "direct": ("--uds", str(next(Path(name, "run").glob("*.sock")))),
-            "spark-llm": ("--port", str(port)),
-        }
+    with tempfile.TemporaryDirectory(prefix="bench-") as name, _ways(Path(name)) as ways:
         for number in range(1, options.rounds + 1):
             for case, arguments in CASES.items():
                 # Who comes first changes from round to round, so that a drift favours nobody.
-                for way in list(ways) if number % 2 else list(reversed(ways)):
-                    seen = _load(Path(name), (*ways[way], *arguments), options.seconds)
-                    rows.append({"round": number, "case": case, "way": way, **seen})
+                for turn in range(len(ways)):
+                    way = ways[(turn + number) % len(ways)]
+                    seen = _load(Path(name), way, arguments, options.seconds)
+                    rows.append({"round": number, "case": case, "way": way.name, **seen})
                     print(rows[-1], flush=True)
     report = "\n".join(
         [
@@ -72,9 +71,18 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def _served(folder: Path) -> Iterator[int]:
-    """Port of a service that is ready."""
+def _ways(folder: Path) -> Iterator[list[targets.Target]]:
+    """The ways to one engine, which all are open at once."""
     targets.compile_tools(folder)
+    with _served(folder) as ours:
+        engine = next(Path(folder, "run").glob("*.sock"))
+        with targets.nginx_before(folder, engine, core=None) as nginx:
+            yield [targets.Target("direct", ("--uds", str(engine)), -1), nginx, ours]
+
+
+@contextlib.contextmanager
+def _served(folder: Path) -> Iterator[targets.Target]:
+    """A service that is ready."""
     port = targets.free_port()
     environment = {
         f"SPARK_LLM_PATHS__{kind.upper()}": str(folder / {"runtime": "run"}.get(kind, kind))
@@ -86,6 +94,7 @@ def _served(folder: Path) -> Iterator[int]:
             env=os.environ | environment,
             stdout=log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + READY_TIMEOUT_S
@@ -93,7 +102,7 @@ def _served(folder: Path) -> Iterator[int]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit((folder / "serve.log").read_text(errors="replace")[-4000:])
             time.sleep(0.5)
-        yield port
+        yield targets.Target("spark-llm", ("--port", str(port)), process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
@@ -107,17 +116,23 @@ def _ready(port: int) -> bool:
         return False
 
 
-def _load(folder: Path, arguments: tuple[str, ...], seconds: float) -> dict[str, float]:
-    command = [str(folder / "load"), *arguments, "--events", "2", "--seconds", str(seconds)]
+def _load(
+    folder: Path, way: targets.Target, arguments: tuple[str, ...], seconds: float
+) -> dict[str, float]:
+    command = [str(folder / "load"), *way.where, *arguments, "--events", "2"]
+    command += ["--seconds", str(seconds)]
+    cpu_s, began = way.cpu_s(), time.monotonic()
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if not done.stdout:
         raise SystemExit(done.stderr)
     seen = json.loads(done.stdout)
+    used = (way.cpu_s() - cpu_s) / (time.monotonic() - began)
     return {
         "answers_per_s": round(seen["answers"] / seen["seconds"], 3),
         "chunks_per_s": round(seen["events"] / seen["seconds"], 1),
         "first_event_p50_ms": round(seen["first_event_us"]["p50"] / 1e3, 3),
         "answer_p50_ms": round(seen["answer_us"]["p50"] / 1e3, 3),
+        "cores": round(used, 3),
         "wrong": seen["wrong"],
         "load_average": round(os.getloadavg()[0], 2),
     }
@@ -129,32 +144,33 @@ def _table(rows: list[Row]) -> list[str]:
         lines += [
             f"{case}:",
             "",
-            "| way | chunks/s | first event p50, ms | answer p50, ms | wrong answers | load average |",
-            "|---|---|---|---|---|---|",
+            "| way | chunks/s | first event p50, ms | answer p50, ms | cores of the hop | wrong | load average |",
+            "|---|---|---|---|---|---|---|",
         ]
-        for way in ("direct", "spark-llm"):
+        for way in WAYS:
             mine = [row for row in rows if (row["case"], row["way"]) == (case, way)]
             cells = [
                 run.spread([float(row[key]) for row in mine], "{:.2f}")
-                for key in ("chunks_per_s", "first_event_p50_ms", "answer_p50_ms")
+                for key in ("chunks_per_s", "first_event_p50_ms", "answer_p50_ms", "cores")
             ]
             wrong = sum(int(row["wrong"]) for row in mine)
             load = run.spread([float(row["load_average"]) for row in mine], "{:.1f}")
             lines.append(f"| {way} | {' | '.join(cells)} | {wrong} | {load} |")
-        pairs = [
-            (_of(rows, case, "direct", number), _of(rows, case, "spark-llm", number))
-            for number in sorted({int(row["round"]) for row in rows})
-        ]
-        shares = [100 * ours["chunks_per_s"] / theirs["chunks_per_s"] for theirs, ours in pairs]
-        added = [
-            ours["first_event_p50_ms"] - theirs["first_event_p50_ms"] for theirs, ours in pairs
-        ]
-        lines += [
-            "",
-            f"Chunks/s, % of direct, per round: {run.spread(shares, '{:.1f}')}.",
-            f"Added to the first event, ms, per round: {run.spread(added, '{:+.2f}')}.",
-            "",
-        ]
+        lines.append("")
+        rounds = sorted({int(row["round"]) for row in rows})
+        direct = [_of(rows, case, "direct", number) for number in rounds]
+        for way in WAYS[1:]:
+            mine = [_of(rows, case, way, number) for number in rounds]
+            pairs = list(zip(mine, direct, strict=True))
+            shares = [100 * own["chunks_per_s"] / other["chunks_per_s"] for own, other in pairs]
+            added = [
+                own["first_event_p50_ms"] - other["first_event_p50_ms"] for own, other in pairs
+            ]
+            lines.append(
+                f"- {way}: {run.spread(shares, '{:.1f}')} % of direct's chunks/s,"
+                f" {run.spread(added, '{:+.2f}')} ms added to the first event."
+            )
+        lines.append("")
     return lines
 
 

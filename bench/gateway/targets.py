@@ -23,7 +23,12 @@ READY_TIMEOUT_S = 120.0
 TARGET_CORE, OTHER_CORE = 0, 1
 _TICKS = os.sysconf("SC_CLK_TCK")
 _BODY = json.dumps(
-    {"model": "default", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    {
+        "model": "default",
+        "messages": [{"role": "user", "content": "hi"}],
+        "stream": True,
+        "max_tokens": 8,
+    }
 )
 
 
@@ -85,18 +90,26 @@ def direct_unix(folder: Path, step_us: int, core: int = TARGET_CORE) -> Iterator
 
 @contextlib.contextmanager
 def nginx(folder: Path, step_us: int) -> Iterator[Target]:
-    """Debian's nginx with one worker, unbuffered, as one configures it for server-sent events."""
+    """Nginx before the upstream."""
+    with (
+        direct_unix(folder, step_us, OTHER_CORE) as upstream,
+        nginx_before(folder, Path(upstream.where[1])) as target,
+    ):
+        yield target
+
+
+@contextlib.contextmanager
+def nginx_before(folder: Path, engine: Path, core: int | None = TARGET_CORE) -> Iterator[Target]:
+    """Debian's nginx with one worker, unbuffered, as one configures it for server-sent events, before a socket."""
     port = free_port()
-    with direct_unix(folder, step_us, OTHER_CORE):
-        configuration = folder / "nginx.conf"
-        configuration.write_text(
-            (HERE / "nginx.conf").read_text().format(folder=folder, port=port), encoding="utf-8"
-        )
-        command = ["nginx", "-c", configuration, "-p", folder, "-e", folder / "nginx.err"]
-        if os.geteuid() == 0:  # its worker would change to a user who may not enter the folder
-            command += ["-g", "user root;"]
-        with _started("nginx", command, port, folder) as target:
-            yield target
+    configuration = folder / "nginx.conf"
+    text = (HERE / "nginx.conf").read_text(encoding="utf-8")
+    configuration.write_text(text.format(folder=folder, engine=engine, port=port), encoding="utf-8")
+    command = ["nginx", "-c", configuration, "-p", folder, "-e", folder / "nginx.err"]
+    if os.geteuid() == 0:  # its worker would change to a user who may not enter the folder
+        command += ["-g", "user root;"]
+    with _started("nginx", command, port, folder, core=core) as target:
+        yield target
 
 
 @contextlib.contextmanager
@@ -174,12 +187,13 @@ def _started(  # noqa: PLR0913  what a process is started with
     folder: Path,
     environment: dict[str, str] | None = None,
     *,
-    core: int = TARGET_CORE,
+    core: int | None = TARGET_CORE,
 ) -> Iterator[Target]:
+    pinned = () if core is None else ("taskset", "-c", str(core))
     log = folder / f"{name}.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            ["taskset", "-c", str(core), *(str(part) for part in command)],
+            [*pinned, *(str(part) for part in command)],
             env=os.environ | (environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=output,

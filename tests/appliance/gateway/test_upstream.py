@@ -196,3 +196,35 @@ async def _settled(response: Response) -> int:
         before = response.unread
         await asyncio.sleep(0.05)
     return before
+
+
+async def test_sink_takes_what_comes_and_the_reader_gets_the_rest() -> None:
+    """Pieces go to the sink as they come; from the first that it declines, all is the reader's, in order."""
+    response = Response(lambda: None)
+    taken: list[bytes] = []
+
+    def sink(data: bytes) -> bool:
+        if data == b"two":
+            return False
+        taken.append(data)
+        return True
+
+    def comes(data: bytes) -> None:
+        response.parser.feed_data(b"%x\r\n%b\r\n" % (len(data), data) if data else b"0\r\n\r\n")
+        response.wake()
+
+    response.parser.feed_data(CHUNKED[: CHUNKED.index(b"2\r\n")])
+    reading = asyncio.create_task(response.read_some(sink))
+    await asyncio.sleep(0)
+    comes(b"one")
+    await asyncio.sleep(0)
+    assert (taken, reading.done()) == ([b"one"], False)
+    comes(b"two")
+    comes(b"three")
+    assert await reading == b"twothree"
+    reading = asyncio.create_task(response.read_some(sink))
+    await asyncio.sleep(0)
+    comes(b"four")
+    comes(b"")
+    assert await reading == b""
+    assert taken == [b"one", b"four"]

@@ -1,7 +1,9 @@
-"""uvicorn's HTTP protocol with bounds on a request's head: its size, and the time a client may take to send it.
+"""uvicorn's HTTP protocol with bounds on a request's head, and a short way out for the events of a stream.
 
-uvicorn 0.54 has neither: with httptools a header of any length is collected, and a client that sends a byte a minute
-holds its connection for ever.
+The bounds are its size and the time a client may take to send it. uvicorn 0.54 has neither: with httptools a header of
+any length is collected, and a client that sends a byte a minute holds its connection for ever.
+
+The short way is ``write_event``, which the application finds in the scope under ``WRITE_EVENT``.
 """
 
 import asyncio
@@ -11,6 +13,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from spark_llm.gateway.wire import error_body
 from spark_llm.reason import Reason
+
+WRITE_EVENT = "spark_llm.write_event"
+"""Key of the ASGI scope; its value is a ``Sink``."""
 
 
 def bounded_protocol(  # noqa: C901  one class, many small methods
@@ -52,6 +57,17 @@ def bounded_protocol(  # noqa: C901  one class, many small methods
             if self._head_timer is None:
                 self._await_head()
             super().on_message_begin()
+            self.scope[WRITE_EVENT] = self.write_event  # type: ignore[literal-required]
+
+        def write_event(self, data: bytes) -> bool:
+            """Write ``data`` as one chunk of a chunked answer that has begun, without a turn of the event loop.
+
+            False if nothing was written, because the client is slow or gone: ``send`` waits, or finds out.
+            """
+            if self.flow.write_paused or self.transport.is_closing():
+                return False
+            self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+            return True
 
         def on_headers_complete(self) -> None:
             self._in_head = False

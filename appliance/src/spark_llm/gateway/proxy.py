@@ -15,9 +15,10 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 from spark_llm.gateway.metrics import Metrics
+from spark_llm.gateway.protocol import WRITE_EVENT
 from spark_llm.gateway.queue import AdmissionQueue
 from spark_llm.gateway.reply import Reply
-from spark_llm.gateway.upstream import Response, UnreachableError, Upstream, UpstreamError
+from spark_llm.gateway.upstream import Response, Sink, UnreachableError, Upstream, UpstreamError
 from spark_llm.gateway.wire import Headers, aborted, error_body, error_event
 from spark_llm.reason import Reason
 
@@ -207,7 +208,7 @@ class Proxy:
 
     async def _stream(self, exchange: "_Exchange", response: Response, waiting: float) -> None:
         rest = b""
-        while chunk := await response.read_some():
+        while chunk := await response.read_some(exchange.pass_on if not rest else None):
             data = rest + chunk if rest else chunk
             end = data.rfind(b"\n\n") + 2
             if end == 1:
@@ -294,6 +295,7 @@ class _Exchange:
         self.status = 0
         self.reason = Reason.OK
         self._send = send
+        self._write_event: Sink = scope[WRITE_EVENT]
 
     @property
     def patience_s(self) -> float | None:
@@ -324,6 +326,15 @@ class _Exchange:
         self.status = status
         headers = [*headers, (b"x-request-id", self.request_id)]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
+
+    def pass_on(self, events: bytes) -> bool:
+        """Write whole events of a stream that has begun; False if they need a closer look or the client is slow."""
+        return (
+            self.is_started
+            and events.endswith(b"\n\n")
+            and not aborted(events)
+            and self._write_event(events)
+        )
 
     async def send_body(self, data: bytes, *, more: bool) -> None:
         await self._send({"type": "http.response.body", "body": data, "more_body": more})

@@ -23,6 +23,10 @@ _IDLE_LIMIT_S = 4.0
 _CONNECT_TIMEOUT_S = 5.0
 
 
+Sink = Callable[[bytes], bool]
+"""Takes a piece of a body; False if it does not want it."""
+
+
 class UpstreamError(Exception):
     """The engine broke off its answer, or what it sent is not HTTP."""
 
@@ -52,6 +56,7 @@ class Response:
         self._resume_reading = resume_reading
         self._has_head = False
         self._parts: list[bytes] = []
+        self._sink: Sink | None = None
         self._error: UpstreamError | None = None
         self._news: asyncio.Future[None] | None = None
 
@@ -72,20 +77,32 @@ class Response:
         while not self._has_head:
             await self._more()
 
-    async def read_some(self) -> bytes:
+    async def read_some(self, sink: Sink | None = None) -> bytes:
         """What has come of the body since the last call, at least one byte; empty at the body's end.
+
+        Args:
+            sink: what comes while this waits is offered to it first, from within the event loop's read callback: waking
+                the reader would cost more than passing on the event that an engine makes of one token.
 
         Raises:
             UpstreamError: the engine broke off.
         """
-        while not self._parts:
-            if self.ended:
-                return b""
-            await self._more()
+        self._sink = sink
+        try:
+            while not self._parts:
+                if self.ended:
+                    return b""
+                await self._more()
+        finally:
+            self._sink = None
+        data = self._take()
+        self._resume_reading()
+        return data
+
+    def _take(self) -> bytes:
         data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
         self._parts.clear()
         self.unread = 0
-        self._resume_reading()
         return data
 
     async def read(self) -> bytes:
@@ -102,7 +119,14 @@ class Response:
         await self._news
 
     def wake(self) -> None:
-        """Let the reader look again."""
+        """Let the reader look again, unless its sink takes what is here and more will come."""
+        if self._sink is not None and self._parts:
+            data = self._take()
+            if not self._sink(data):
+                self._parts.append(data)
+                self._sink = None  # the reader has its turn first
+            elif not self.ended and self._error is None:
+                return
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
 
@@ -188,10 +212,10 @@ class _Connection(asyncio.Protocol):
             response.wake()
             self.abort()
             return
+        response.wake()
         if response.unread > _READ_AHEAD and not self._paused:
             self._paused = True
             self._transport.pause_reading()
-        response.wake()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._response is not None:
