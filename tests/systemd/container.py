@@ -42,10 +42,12 @@ class Container:
 
     Attributes:
         root: its file system, seen from outside.
+        url: where the service answers inside.
     """
 
     def __init__(self, root: Path, leader: int) -> None:
         self.root = root
+        self.url = "http://127.0.0.1:8000"
         self._leader = leader
 
     def run(
@@ -123,10 +125,10 @@ class Container:
         self.run("sh", "-c", f"cat > {path} && chmod {mode:o} {path}", stdin=text)
 
     def http(
-        self, path: str, *, key: str = "", body: object = None, url: str = "http://127.0.0.1:8000"
+        self, path: str, *, key: str = "", body: object = None, url: str = ""
     ) -> tuple[int, Any]:
         """Status and JSON (or text) of a request made inside; status 0 where nobody answers."""
-        command = ["curl", "-sk", "-m", "60", "-w", "\n%{http_code}", url + path]
+        command = ["curl", "-sk", "-m", "60", "-w", "\n%{http_code}", (url or self.url) + path]
         if key:
             command += ["-H", f"Authorization: Bearer {key}"]
         if body is not None:
@@ -136,6 +138,25 @@ class Container:
             return int(status), json.loads(text)
         except ValueError:
             return int(status), text
+
+    def certificate(self, folder: str, name: str) -> None:
+        """Write cert.pem, made out to ``name``, and key.pem for the service."""
+        self.run("mkdir", "-p", folder)
+        self.run(
+            "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+            "-keyout", f"{folder}/key.pem", "-out", f"{folder}/cert.pem", "-days", "2", "-subj", f"/CN={name}",
+        )  # fmt: skip
+        self.run("chgrp", "-R", "spark-llm", folder)
+        self.run("chmod", "0640", f"{folder}/key.pem")
+
+    def subject(self) -> str:
+        """To whom the certificate that the service shows is made out; empty without TLS."""
+        ask = "openssl s_client -connect 127.0.0.1:8000 </dev/null 2>/dev/null | openssl x509 -noout -subject"
+        return self.run("sh", "-c", ask, check=False).stdout.strip().rpartition("= ")[2]
+
+    def systemd(self) -> int:
+        """Version of the systemd that runs inside."""
+        return int(self.run("systemctl", "--version").stdout.split()[1])
 
     def cursor(self) -> str:
         """The journal's end."""
@@ -159,7 +180,7 @@ class Container:
         tail = self.run("journalctl", "-n", "60", "--no-pager").stdout
         raise AssertionError(f"not within {timeout} s; the journal's end:\n{tail}")
 
-    def status(self, url: str = "http://127.0.0.1:8000") -> dict[str, Any]:
+    def status(self, url: str = "") -> dict[str, Any]:
         code, body = self.http("/startupz", url=url)
         if code == 200:
             code, body = self.http("/readyz", url=url)

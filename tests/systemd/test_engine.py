@@ -1,17 +1,26 @@
-"""The service with the real engine under a real systemd: start, death, drain."""
+"""The service with the real engine under a real systemd, over TLS: start, death, drain, a renewed certificate."""
 
 import json
+import subprocess
 
 import pytest
-from container import Container
+from container import CONFIG, Container
 
 SERVICE = "spark-llm.service"
 CGROUP = "/sys/fs/cgroup/system.slice/spark-llm.service"
+TLS = "/etc/spark-llm/tls"
+TOKENS = 1500
+COMPLETION = {"model": "default", "prompt": "a", "max_tokens": 4}
 
 
 @pytest.fixture(scope="module")
 def started(installed: Container) -> tuple[Container, list[str]]:
     """The service started and ready, and every message of that start as PID 1 received it."""
+    installed.certificate(TLS, "first")
+    installed.write(
+        CONFIG, f'[gateway]\ntls_certificate = "{TLS}/cert.pem"\ntls_key = "{TLS}/key.pem"\n'
+    )
+    installed.url = "https://127.0.0.1:8000"
     installed.systemctl("log-level", "debug")
     cursor = installed.cursor()
     installed.systemctl("start", SERVICE)
@@ -59,9 +68,7 @@ def test_messages_of_a_start(started: tuple[Container, list[str]]) -> None:
 def test_ready_unit_means_tokens(ready: Container) -> None:
     """Once ``spark-llm-ready`` is started, a completion comes back with tokens."""
     ready.systemctl("start", "spark-llm-ready.service")
-    status, body = ready.http(
-        "/v1/completions", body={"model": "default", "prompt": "a", "max_tokens": 4}
-    )
+    status, body = ready.http("/v1/completions", body=COMPLETION)
     assert status == 200
     assert body["usage"]["completion_tokens"] == 4
 
@@ -102,43 +109,90 @@ def test_killing_the_engines_cgroup_leaves_the_controller(ready: Container) -> N
     assert ready.http("/api/v1/status")[1]["restarts"] == 1
 
 
-def test_killed_guard_does_not_stop_tokens(ready: Container) -> None:
-    """``kill -9`` of the controller's own guard leaves the engine serving."""
-    ready.run("kill", "-KILL", *(str(pid) for pid in _processes(ready, f"{CGROUP}/guard")))
-    status, _ = ready.http(
-        "/v1/completions", body={"model": "default", "prompt": "a", "max_tokens": 4}
-    )
-    assert status == 200
+def test_killed_guard_is_replaced(ready: Container) -> None:
+    """``kill -9`` of the controller's own guard leaves the engine serving, and another guard takes its place."""
+    first = _processes(ready, f"{CGROUP}/guard")
+    ready.run("kill", "-KILL", *(str(pid) for pid in first))
+    assert ready.http("/v1/completions", body=COMPLETION)[0] == 200
+    second = ready.wait(lambda: _processes(ready, f"{CGROUP}/guard"), timeout=30)
+    assert not set(first) & set(second)
+
+
+def test_killed_controller_leaves_nothing_of_its_engine(ready: Container) -> None:
+    """After ``kill -9`` of the controller connections wait in the socket, the old engine is gone, tokens return."""
+    first = ready.main_pid()
+    restarts = int(ready.show(SERVICE, "NRestarts")["NRestarts"])
+    old = [pid for part in ("engine", "guard") for pid in _processes(ready, f"{CGROUP}/{part}")]
+    stream = _stream(ready)
+    ready.run("kill", "-KILL", str(first))
+    held = [
+        ready.spawn("curl", "-skm60", "-o", "/dev/null", "-w", "%{http_code}", f"{ready.url}/livez")
+        for _ in range(8)
+    ]
+    assert [client.communicate(timeout=90)[0] for client in held] == ["200"] * 8
+    text = stream.communicate(timeout=30)[0]
+    assert stream.returncode != 0  # the client can tell that its stream was cut
+    assert "[DONE]" not in text
+    left = ready.run("ps", "-o", "pid=,args=", "-p", ",".join(map(str, [first, *old])), check=False)
+    assert left.stdout == ""
+    assert ready.main_pid() not in {0, first}
+    assert int(ready.show(SERVICE, "NRestarts")["NRestarts"]) == restarts + 1
+    ready.wait_state("ready", timeout=240)
+    assert ready.http("/v1/completions", body=COMPLETION)[0] == 200
+
+
+def test_certificate_changes_under_a_token_stream(ready: Container) -> None:
+    """A renewed certificate is shown to new connections while a stream runs, and the stream ends whole."""
+    assert ready.subject() == "first"
+    stream = _stream(ready)
+    frozen = f"{CGROUP}/engine/cgroup.freeze"
+    ready.run("sh", "-c", f"echo 1 > {frozen}")  # the stream cannot end before the reload
+    try:
+        ready.certificate(TLS, "second")
+        ready.systemctl("reload", SERVICE)
+        ready.wait(lambda: ready.subject() == "second", timeout=30)
+    finally:
+        ready.run("sh", "-c", f"echo 0 > {frozen}")
+    _assert_whole(stream)
 
 
 def test_stop_under_load_drains(ready: Container) -> None:
     """A stop lets a running stream end with its last token, exits with 0 and leaves no process."""
-    ready.write(
-        "/opt/stream.json",
-        json.dumps(
-            {
-                "model": "default",
-                "prompt": "a",
-                "max_tokens": 1500,
-                "ignore_eos": True,
-                "stream": True,
-            }
-        ),
-    )
-    stream = ready.spawn(
-        "curl", "-sN", "-H", "Content-Type: application/json", "-d", "@/opt/stream.json",
-        "http://127.0.0.1:8000/v1/completions",
-    )  # fmt: skip
-    assert stream.stdout is not None
-    assert stream.stdout.readline().startswith("data:")
+    stream = _stream(ready)
     cursor = ready.cursor()
     ready.systemctl("stop", SERVICE)
-    text = stream.communicate(timeout=30)[0]
-    assert text.rstrip().endswith("data: [DONE]")
+    _assert_whole(stream)
     shown = ready.show(SERVICE, "ExecMainStatus", "ExecMainCode", "Result")
     assert shown == {"ExecMainStatus": "0", "ExecMainCode": "1", "Result": "success"}
     said = [entry["MESSAGE"] for entry in ready.journal("_PID=1", after=cursor)]
     assert not any("Killing process" in line for line in said)
+
+
+def _stream(machine: Container) -> "subprocess.Popen[str]":
+    """A client that reads a stream of :data:`TOKENS`, whose first event has come."""
+    body = {
+        "model": "default",
+        "prompt": "a",
+        "max_tokens": TOKENS,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    client = machine.spawn(
+        "curl", "-sNk", "-H", "Content-Type: application/json", "-d", json.dumps(body),
+        f"{machine.url}/v1/completions",
+    )  # fmt: skip
+    assert client.stdout is not None
+    assert client.stdout.readline().startswith("data:")
+    return client
+
+
+def _assert_whole(client: "subprocess.Popen[str]") -> None:
+    """The stream has all its tokens and its end."""
+    *_, usage, end = client.communicate(timeout=60)[0].split("\n\n")[:-1]
+    assert end == "data: [DONE]"
+    assert json.loads(usage.removeprefix("data: "))["usage"]["completion_tokens"] == TOKENS
+    assert client.returncode == 0
 
 
 def _processes(machine: Container, folder: str) -> list[int]:

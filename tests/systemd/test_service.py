@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 from container import CONFIG, NO_ENGINE, TREE, Container
+from spark_llm import install
 
 DropIn = Callable[[str, str], None]
 SPARK = f"{TREE}/.venv/bin/spark-llm"
+GUARD = "spark-llm-guard.service"
 OUTSIDE = "10.77.0.1"
+CAP_SYS_RESOURCE = 1 << 24  # linux/capability.h
 
 
 def test_start_returns_when_the_api_answers(stopped: Container) -> None:
@@ -80,7 +83,7 @@ def test_watchdog_is_fed(stopped: Container, drop_in: DropIn) -> None:
     )
 
 
-@pytest.mark.parametrize("unit", ["spark-llm.service", "spark-llm-guard.service"])
+@pytest.mark.parametrize("unit", ["spark-llm.service", GUARD])
 def test_killed_process_comes_back(blocked: Container, unit: str) -> None:
     """``kill -9`` of the controller or the guard brings a new one; the port stays open."""
     first = blocked.main_pid(unit)
@@ -157,8 +160,8 @@ def test_reload_with_a_bad_configuration_changes_nothing(blocked: Container) -> 
     assert blocked.http("/livez")[0] == 200
 
 
-def test_keys_by_credential_rotate_with_a_restart(stopped: Container) -> None:
-    """API keys from the credential store are accepted, and replaced ones are refused after a restart."""
+def test_keys_by_credential_rotate(stopped: Container) -> None:
+    """API keys from the credential store are accepted; once replaced, the old are refused and the new accepted."""
     tokens = []
     for name in ("old", "new"):
         done = stopped.run(
@@ -170,7 +173,7 @@ def test_keys_by_credential_rotate_with_a_restart(stopped: Container) -> None:
     stopped.systemctl("start", "spark-llm.service")
     assert [stopped.http("/api/v1/status", key=token)[0] for token in tokens] == [200, 401]
     stopped.run("install", "-Dm600", "/tmp/new/keys.json", "/etc/credstore/spark-llm.api-keys")
-    stopped.systemctl("restart", "spark-llm.service")
+    _take_up_credentials(stopped)
     assert [stopped.http("/api/v1/status", key=token)[0] for token in tokens] == [401, 200]
     stopped.run("rm", "-r", "/tmp/old", "/tmp/new")
 
@@ -180,6 +183,64 @@ def test_starts_without_credentials(blocked: Container) -> None:
     folder = "/run/credentials/spark-llm.service"
     assert blocked.run("sh", "-c", f"ls {folder} 2>/dev/null | wc -l").stdout.strip() == "0"
     assert blocked.http("/livez")[0] == 200
+
+
+def test_limits_are_set(blocked: Container) -> None:
+    """Memory, tasks, core dumps and the OOM killer's order are as the units say, as far as systemd was told."""
+    names = (
+        "MemoryMax",
+        "MemorySwapMax",
+        "TasksMax",
+        "LimitCORE",
+        "LimitMEMLOCK",
+        "OOMScoreAdjust",
+    )
+    service, guard = (blocked.show(unit, *names) for unit in ("spark-llm.service", GUARD))
+    total = int(blocked.run("awk", "/^MemTotal/ {print $2}", "/proc/meminfo").stdout) * 1024
+    assert 0.85 * total < int(service.pop("MemoryMax")) < 0.95 * total
+    assert service == {
+        "MemorySwapMax": "0",
+        "TasksMax": "8192",
+        "LimitCORE": "0",
+        "LimitMEMLOCK": "infinity",
+        "OOMScoreAdjust": "-500",
+    }
+    assert (guard["TasksMax"], guard["LimitMEMLOCK"]) == ("8", "infinity")
+    assert int(guard["OOMScoreAdjust"]) < int(service["OOMScoreAdjust"]) < 0
+
+
+def test_limits_reach_the_kernel(blocked: Container) -> None:
+    """The kernel has the memory and task limits of the units, in the cgroups of their processes."""
+    have = set(blocked.run("cat", "/sys/fs/cgroup/cgroup.controllers").stdout.split())
+    if lacking := {"memory", "pids"} - have:
+        pytest.skip(
+            f"cgroup version 2 has no {', '.join(sorted(lacking))} controller on this machine"
+        )
+    for unit, file, setting in (
+        ("spark-llm.service", "memory.max", "MemoryMax"),
+        ("spark-llm.service", "memory.swap.max", "MemorySwapMax"),
+        ("spark-llm.service", "pids.max", "TasksMax"),
+        (GUARD, "pids.max", "TasksMax"),
+    ):
+        set_to = blocked.run("cat", f"/sys/fs/cgroup/system.slice/{unit}/{file}").stdout.strip()
+        assert set_to == blocked.show(unit, setting)[setting]
+
+
+def test_guard_is_locked_and_spared(blocked: Container) -> None:
+    """The guard's pages are locked into memory, and the OOM killer takes it after the controller."""
+    capabilities = blocked.run("awk", "/^CapBnd/ {print $2}", "/proc/1/status").stdout
+    if not int(capabilities, 16) & CAP_SYS_RESOURCE:
+        pytest.skip(
+            "without CAP_SYS_RESOURCE systemd cannot raise limits or lower an OOM score here"
+        )
+    guard, controller = blocked.main_pid(GUARD), blocked.main_pid()
+    report = json.loads(blocked.run("cat", "/run/spark-llm-guard/report.json").stdout)
+    assert report["mlockall"] is True
+    scores = [
+        blocked.run("cat", f"/proc/{pid}/oom_score_adj").stdout.strip()
+        for pid in (guard, controller)
+    ]
+    assert scores == ["-900", "-500"]
 
 
 def test_config_error_ends_with_2_and_no_loop(stopped: Container) -> None:
@@ -318,35 +379,36 @@ def test_network_without_a_key_is_refused(on_a_network: Container) -> None:
 
 def test_tls_certificate_changes_under_an_open_stream(stopped: Container) -> None:
     """A reload takes up a new certificate; the connection that is open goes on, new ones see the new one."""
-    _certificate(stopped, "/etc/spark-llm/tls", "first")
+    stopped.certificate("/etc/spark-llm/tls", "first")
     stopped.write(
         CONFIG,
         NO_ENGINE + '[gateway]\ntls_certificate = "/etc/spark-llm/tls/cert.pem"\n'
         'tls_key = "/etc/spark-llm/tls/key.pem"\n',
     )
     stopped.systemctl("start", "spark-llm.service")
-    assert _subject(stopped) == "first"
+    assert stopped.subject() == "first"
     stopped.write("/opt/stream.py", STREAM)
     stream = stopped.spawn("/usr/bin/python3", "/opt/stream.py")
     assert stream.stdout is not None
     assert stream.stdout.readline().strip() == "open"
-    _certificate(stopped, "/etc/spark-llm/tls", "second")
+    stopped.certificate("/etc/spark-llm/tls", "second")
     stopped.systemctl("reload", "spark-llm.service")
-    stopped.wait(lambda: _subject(stopped) == "second")
+    stopped.wait(lambda: stopped.subject() == "second")
     stopped.run("touch", "/tmp/stream.go")
     assert stream.communicate(timeout=30)[0].strip() == "200 first"
     stopped.run("rm", "/tmp/stream.go")
 
 
 def test_tls_by_credential(stopped: Container) -> None:
-    """Certificate and key from the credential store make the gateway speak TLS."""
-    _certificate(stopped, "/tmp/tls", "stored")
-    for name, file in (("tls-certificate", "cert.pem"), ("tls-key", "key.pem")):
-        stopped.run("install", "-Dm600", f"/tmp/tls/{file}", f"/etc/credstore/spark-llm.{name}")
+    """Certificate and key from the credential store make the gateway speak TLS, and are renewed there."""
+    _store_certificate(stopped, "stored")
     stopped.write(CONFIG, NO_ENGINE)
     stopped.systemctl("start", "spark-llm.service")
-    assert _subject(stopped) == "stored"
+    assert stopped.subject() == "stored"
     assert stopped.http("/livez", url="https://127.0.0.1:8000")[0] == 200
+    _store_certificate(stopped, "renewed")
+    _take_up_credentials(stopped)
+    stopped.wait(lambda: stopped.subject() == "renewed")
 
 
 def test_half_of_a_tls_pair_is_refused(stopped: Container) -> None:
@@ -361,6 +423,22 @@ def test_half_of_a_tls_pair_is_refused(stopped: Container) -> None:
     assert "no key" in said
 
 
+def _store_certificate(machine: Container, name: str) -> None:
+    machine.certificate("/tmp/tls", name)
+    for credential, file in (("tls-certificate", "cert.pem"), ("tls-key", "key.pem")):
+        machine.run(
+            "install", "-Dm600", f"/tmp/tls/{file}", f"/etc/credstore/spark-llm.{credential}"
+        )
+
+
+def _take_up_credentials(machine: Container) -> None:
+    """As the manual says: by a reload where systemd refreshes credentials, else by a restart."""
+    pid = machine.main_pid()
+    refreshes = machine.systemd() >= install.REFRESH_SINCE
+    machine.systemctl("reload" if refreshes else "restart", "spark-llm.service")
+    assert (machine.main_pid() == pid) == refreshes
+
+
 def _probed(machine: Container, cursor: str) -> dict[str, Any] | None:
     for entry in machine.journal("-u", "spark-llm.service", after=cursor):
         _, found, text = str(entry["MESSAGE"]).partition("PROBE ")
@@ -368,24 +446,6 @@ def _probed(machine: Container, cursor: str) -> dict[str, Any] | None:
             facts: dict[str, Any] = json.loads(text)
             return facts
     return None
-
-
-def _certificate(machine: Container, folder: str, name: str) -> None:
-    machine.run("mkdir", "-p", folder)
-    machine.run(
-        "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
-        "-keyout", f"{folder}/key.pem", "-out", f"{folder}/cert.pem", "-days", "2", "-subj", f"/CN={name}",
-    )  # fmt: skip
-    machine.run("chgrp", "-R", "spark-llm", folder)
-    machine.run("chmod", "0640", f"{folder}/key.pem")
-
-
-def _subject(machine: Container) -> str:
-    done = machine.run(
-        "sh", "-c", "openssl s_client -connect 127.0.0.1:8000 </dev/null 2>/dev/null | openssl x509 -noout -subject",
-        check=False,
-    )  # fmt: skip
-    return str(done.stdout).strip().rpartition("= ")[2]
 
 
 LOAD = """

@@ -24,6 +24,8 @@ GROUPS = ("video", "render", "rdma")
 """Groups whose devices the engine uses, where the machine has them."""
 NOTIFY_RELOAD_SINCE = 253
 """First systemd that knows ``Type=notify-reload`` (its NEWS)."""
+REFRESH_SINCE = 260
+"""First systemd whose ``RefreshOnReload=`` knows ``credentials`` (its NEWS)."""
 _UNIT_KINDS = (".service", ".socket", ".target")
 
 
@@ -82,10 +84,15 @@ def fill(template: str, values: Mapping[str, str]) -> str:
 
 
 def for_systemd(unit: str, version: int) -> str:
-    """The unit as this version understands it: before 253 a reload is a signal that nobody waits for."""
-    if version >= NOTIFY_RELOAD_SINCE:
-        return unit
-    return unit.replace("Type=notify-reload", "Type=notify\nExecReload=kill -HUP $MAINPID")
+    """The unit as this version understands it.
+
+    Before 260 a reload does not refresh credentials; before 253 it is a signal that nobody waits for.
+    """
+    if version < REFRESH_SINCE:
+        unit = re.sub(r"^(#.*\n)?RefreshOnReload=.*\n", "", unit, flags=re.MULTILINE)
+    if version < NOTIFY_RELOAD_SINCE:
+        unit = unit.replace("Type=notify-reload", "Type=notify\nExecReload=kill -HUP $MAINPID")
+    return unit
 
 
 def wanted(site: Site, templates: Path | None = None) -> dict[Path, str]:
