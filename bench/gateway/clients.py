@@ -8,7 +8,6 @@ In the environment of requirements.txt, which has aiohttp and httpx; needs cc an
 import argparse
 import asyncio
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
@@ -17,7 +16,7 @@ from pathlib import Path
 import aiohttp
 import httptools
 import httpx
-import run
+import report
 import targets
 import uvloop
 from spark_llm.gateway.upstream import Upstream
@@ -93,8 +92,8 @@ async def compare(socket: Path, rounds: int, seconds: float) -> list[str]:
                     found.setdefault((name, clients), []).append(one)
     await upstream.close()
     return [
-        f"| {name} | {clients} | {run.spread([cpu for _, cpu in pairs], '{:.0f}')} "
-        f"| {run.spread([rate for rate, _ in pairs], '{:,.0f}')} |"
+        f"| {name} | {clients} | {report.spread([cpu for _, cpu in pairs], '{:.0f}')} "
+        f"| {report.spread([rate for rate, _ in pairs], '{:,.0f}')} |"
         for (name, clients), pairs in found.items()
     ]
 
@@ -111,22 +110,16 @@ def main() -> None:
         targets.compile_tools(Path(name))
         with targets.direct_unix(Path(name), 0, targets.OTHER_CORE) as target:
             rows = uvloop.run(compare(Path(target.where[1]), options.rounds, options.seconds))
-    report = "\n".join(
+    report.publish(
+        options.out,
+        f"Load average {os.getloadavg()[0]:.1f}. Median of {options.rounds} rounds of {options.seconds:g} s [least to"
+        " greatest].",
         [
-            f"Command: `python bench/gateway/clients.py {' '.join(sys.argv[1:])}`",
-            "",
-            f"Machine: {run.machine()}, load average {os.getloadavg()[0]:.1f}.",
-            f"Median of {options.rounds} rounds of {options.seconds:g} s [least to greatest].",
-            "",
             "| client | concurrent | CPU per answer, us | answers/s |",
             "|---|---|---|---|",
             *rows,
-        ]
+        ],
     )
-    print(report)
-    if options.out:
-        options.out.parent.mkdir(exist_ok=True)
-        options.out.with_suffix(".md").write_text(report + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ The engine is the synthetic upstream, which is there at once. Needs cc and `spar
 import argparse
 import os
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
-import run
+import report
 import targets
 
 IMPORT = (
@@ -51,25 +50,19 @@ def main() -> None:
             for _ in range(3):
                 subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
                 found["RSS, MB"].append(target.rss_mb())
-    report = "\n".join(
+    report.publish(
+        options.out,
+        f"Load average {os.getloadavg()[0]:.1f}. Median [least to greatest] of {options.rounds}; memory after each of 3"
+        " loads with 64 clients.",
         [
-            f"Command: `python bench/gateway/controller.py {' '.join(sys.argv[1:])}`",
-            "",
-            f"Machine: {run.machine()}, load average {os.getloadavg()[0]:.1f}.",
-            f"Median [least to greatest] of {options.rounds}; memory after each of 3 loads with 64 clients.",
-            "",
             "| figure | measured | bar |",
             "|---|---|---|",
             *(
-                f"| {name} | {run.spread(values, '{:.2f}')} | {BARS[name]:g} |"
+                f"| {name} | {report.spread(values, '{:.2f}')} | {BARS[name]:g} |"
                 for name, values in found.items()
             ),
-        ]
+        ],
     )
-    print(report)
-    if options.out:
-        options.out.parent.mkdir(exist_ok=True)
-        options.out.with_suffix(".md").write_text(report + "\n", encoding="utf-8")
 
 
 def _livez_s(folder: Path) -> tuple[float, float]:

@@ -8,12 +8,10 @@ costs by itself. Needs cc, nginx, `spark-llm` on PATH and the embedded engine (`
 
 import argparse
 import contextlib
-import csv
 import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -21,10 +19,10 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import run
+import report
 import targets
+from report import Row
 
-Row = dict[str, float | str]
 READY_TIMEOUT_S = 300.0
 WAYS = ("direct", "nginx", "spark-llm")
 CASES = {
@@ -50,24 +48,13 @@ def main() -> None:
                     seen = _load(Path(name), way, arguments, options.seconds)
                     rows.append({"round": number, "case": case, "way": way.name, **seen})
                     print(rows[-1], flush=True)
-    report = "\n".join(
-        [
-            f"Command: `python bench/gateway/real_engine.py {' '.join(sys.argv[1:])}`",
-            "",
-            f"Machine: {run.machine()}. vLLM's CPU build, demo model.",
-            f"Median of {options.rounds} rounds of {options.seconds:g} s [least to greatest].",
-            "",
-            *_table(rows),
-        ]
+    report.publish(
+        options.out,
+        "vLLM's CPU build, demo model."
+        f" Median of {options.rounds} rounds of {options.seconds:g} s [least to greatest].",
+        _table(rows),
+        rows,
     )
-    print(report)
-    if options.out:
-        options.out.parent.mkdir(exist_ok=True)
-        options.out.with_suffix(".md").write_text(report + "\n", encoding="utf-8")
-        with options.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 @contextlib.contextmanager
@@ -150,11 +137,11 @@ def _table(rows: list[Row]) -> list[str]:
         for way in WAYS:
             mine = [row for row in rows if (row["case"], row["way"]) == (case, way)]
             cells = [
-                run.spread([float(row[key]) for row in mine], "{:.2f}")
+                report.spread([float(row[key]) for row in mine], "{:.2f}")
                 for key in ("chunks_per_s", "first_event_p50_ms", "answer_p50_ms", "cores")
             ]
             wrong = sum(int(row["wrong"]) for row in mine)
-            load = run.spread([float(row["load_average"]) for row in mine], "{:.1f}")
+            load = report.spread([float(row["load_average"]) for row in mine], "{:.1f}")
             lines.append(f"| {way} | {' | '.join(cells)} | {wrong} | {load} |")
         lines.append("")
         rounds = sorted({int(row["round"]) for row in rows})
@@ -167,8 +154,8 @@ def _table(rows: list[Row]) -> list[str]:
                 own["first_event_p50_ms"] - other["first_event_p50_ms"] for own, other in pairs
             ]
             lines.append(
-                f"- {way}: {run.spread(shares, '{:.1f}')} % of direct's chunks/s,"
-                f" {run.spread(added, '{:+.2f}')} ms added to the first event."
+                f"- {way}: {report.spread(shares, '{:.1f}')} % of direct's chunks/s,"
+                f" {report.spread(added, '{:+.2f}')} ms added to the first event."
             )
         lines.append("")
     return lines

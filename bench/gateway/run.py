@@ -8,20 +8,17 @@ Needs two cores, cc, taskset, nginx, and `spark-llm` and `litellm` on PATH (requ
 """
 
 import argparse
-import csv
 import json
 import os
-import platform
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import median
 
+import report
 import targets
+from report import Row
 
-Row = dict[str, float | str]
 COLUMNS = {
     "answers/s": ("answers_per_s", "{:,.0f}"),
     "chunks/s": ("chunks_per_s", "{:,.0f}"),
@@ -52,23 +49,12 @@ def main() -> None:
                     for count in clients:
                         rows.append(measure(Path(folder), target, count, options, number))
                         print(rows[-1], flush=True)
-    report = "\n".join(
-        [
-            f"Command: `python bench/gateway/run.py {' '.join(sys.argv[1:])}`",
-            "",
-            f"Machine: {machine()}. Median of {options.rounds} rounds of {options.seconds:g} s [least to greatest].",
-            "",
-            *table(rows, clients),
-        ]
+    report.publish(
+        options.out,
+        f"Median of {options.rounds} rounds of {options.seconds:g} s [least to greatest].",
+        table(rows, clients),
+        rows,
     )
-    print(report)
-    if options.out:
-        options.out.parent.mkdir(exist_ok=True)
-        options.out.with_suffix(".md").write_text(report + "\n", encoding="utf-8")
-        with options.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 def measure(
@@ -121,28 +107,14 @@ def table(rows: list[Row], clients: Iterable[int]) -> list[str]:
         for name in dict.fromkeys(str(row["target"]) for row in rows):
             mine = [row for row in rows if row["target"] == name and row["clients"] == count]
             cells = [
-                spread([float(row[key]) for row in mine], form) for key, form in COLUMNS.values()
+                report.spread([float(row[key]) for row in mine], form)
+                for key, form in COLUMNS.values()
             ]
             wrong = sum(int(row["wrong"]) for row in mine)
-            load = spread([float(row["load_average"]) for row in mine], "{:.1f}")
+            load = report.spread([float(row["load_average"]) for row in mine], "{:.1f}")
             lines.append(f"| {name} | {' | '.join(cells)} | {wrong} | {load} |")
         lines.append("")
     return lines
-
-
-def spread(values: list[float], form: str) -> str:
-    """Median [least to greatest]."""
-    return (
-        f"{form.format(median(values))} [{form.format(min(values))} to {form.format(max(values))}]"
-    )
-
-
-def machine() -> str:
-    """Processor, cores, kernel, Python."""
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    model = next((s.split(":")[1].strip() for s in info.splitlines() if "model name" in s), "")
-    cores = os.cpu_count()
-    return f"{model or platform.machine()}, {cores} cores, Linux {platform.release()}"
 
 
 if __name__ == "__main__":
