@@ -55,3 +55,12 @@ def test_unknown_driver_warns() -> None:
 def test_message_names_the_gap() -> None:
     """What is missing is said in GiB."""
     assert "6.0 GiB short" in decide(replace(FACTS, available_bytes=60 * GIB)).message
+
+
+def test_promised_memory_is_not_available() -> None:
+    """What another engine was promised and has not taken yet is waited for, and named."""
+    free = replace(FACTS, available_bytes=70 * GIB)
+    assert decide(free).action is Action.GO
+    verdict = decide(replace(free, promised_bytes=5 * GIB))
+    assert verdict.action is Action.WAIT
+    assert "5.0 GiB of it promised to other engines: 1.0 GiB short" in verdict.message

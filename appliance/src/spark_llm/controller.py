@@ -14,6 +14,7 @@ from spark_llm.gateway.queue import AdmissionQueue
 from spark_llm.gateway.reply import Reply
 from spark_llm.keeper import Keeper
 from spark_llm.profile import Profile, load_profile, profile_names
+from spark_llm.promises import Promises
 from spark_llm.reason import Reason
 from spark_llm.status import SERVING, TERMINAL, Bus, State, Status, StatusBoard
 
@@ -64,18 +65,22 @@ class Controller:
         folders: Folders,
         limits: Limits,
     ) -> None:
+        """Nothing is started yet. Raises ConfigError for pinned profiles that cannot be loaded together."""
         self.settings = settings
         self.folders = folders
         self.others: dict[str, Keeper] = {}
         self.ended = State.STOPPED
         self._bus = Bus()
+        self._promises = Promises()
         self._limits = limits
         self._ticked_at = time.monotonic()
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()
         self.last_switch: Switch | None = None
         self._switching: asyncio.Task[None] | None = None
-        self._unloading: set[asyncio.Task[None]] = set()
+        self._replacing = False
+        self._unloading: dict[str, asyncio.Task[None]] = {}
+        self._pinned = self._pinned_profiles(profile)
         self.primary = self._keeper(profile)
 
     @property
@@ -182,15 +187,21 @@ class Controller:
             )
         self.last_switch = switch
         self._bus.publish("switch", **asdict(switch))
+        self._start_pinned()
 
     async def _replace_primary(self, profile: Profile) -> Status | None:
         """Stop the primary and start ``profile`` in its place; its status if it is not proven."""
         old = self.primary
-        await old.drain(self._hurry, Reason.OK, f"switching to {profile.name}")
-        await old.stop(self._hurry, Reason.OK)
-        board = StatusBoard(self._bus, Status(), was_ready=old.board.was_ready)
-        self.primary = self._keeper(profile, board)
-        self.primary.start()
+        self._replacing = True  # nobody else takes the memory that becomes free
+        try:
+            await old.drain(self._hurry, Reason.OK, f"switching to {profile.name}")
+            await old.stop(self._hurry, Reason.OK)
+            await self._unloaded(profile.name)
+            board = StatusBoard(self._bus, Status(), was_ready=old.board.was_ready)
+            self.primary = self._keeper(profile, board)
+            self.primary.start()
+        finally:
+            self._replacing = False
         await self.primary.settled.wait()
         return None if self.primary.state in SERVING else self.primary.board.now
 
@@ -198,6 +209,13 @@ class Controller:
 
     async def _load_beside(self, profile: Profile) -> Keeper:
         models = self.settings.models
+        while leaving := self._unloading.get(profile.name):
+            await asyncio.wait((leaving,))  # its socket has one place
+        self._refuse_while_stopping()
+        if profile.name == self.primary.profile.name:
+            return self.primary
+        if self._switches(profile.name):
+            raise Reply(503, Reason.NOT_READY, "a switch is under way", retry_after_s=5)
         keeper = self.others.get(profile.name)
         if keeper is None or keeper.state in TERMINAL:
             if len(self.others) + 1 >= models.max_loaded and not self._make_room():
@@ -230,20 +248,45 @@ class Controller:
             for name, keeper in self.others.items()
             if name not in self.settings.models.pinned
             and keeper.queue.idle.is_set()
+            and not keeper.waiting_to_load
             and keeper.state in SERVING | TERMINAL
         ]
         if not idle:
             return False
-        oldest = min(idle, key=lambda keeper: keeper.used_at)
-        self._unload(oldest)
+        self._unload(min(idle, key=lambda keeper: keeper.used_at))
         return True
 
     def _unload(self, keeper: Keeper) -> None:
-        log.info("unloading %s", keeper.profile.name)
-        del self.others[keeper.profile.name]
+        name = keeper.profile.name
+        log.info("unloading %s", name)
+        del self.others[name]
         task = asyncio.create_task(keeper.stop(self._hurry, Reason.OK))
-        self._unloading.add(task)
-        task.add_done_callback(self._unloading.discard)
+        self._unloading[name] = task
+        task.add_done_callback(lambda _: self._unloading.pop(name))
+
+    async def _unloaded(self, name: str) -> None:
+        """Wait until no engine beside the first serves the profile ``name``."""
+        if (keeper := self.others.get(name)) is not None:
+            await keeper.drain(self._hurry, Reason.OK, f"{name} becomes the first model")
+            if self.others.get(name) is keeper:
+                self._unload(keeper)
+        if (leaving := self._unloading.get(name)) is not None:
+            await asyncio.wait((leaving,))
+
+    def _switches(self, name: str) -> bool:
+        """Whether a switch that is under way may start or stop the profile ``name``."""
+        switch = self.last_switch
+        return (
+            switch is not None
+            and switch.outcome == "running"
+            and name in {switch.before, switch.after}
+        )
+
+    def _has_turn(self, name: str) -> bool:
+        """Whether the profile ``name`` may pass the start gate: the first model's memory comes before the others'."""
+        return self.primary.profile.name == name or (
+            not self._replacing and self.primary.admitted.is_set()
+        )
 
     async def _unload_idle(self) -> None:
         """Unload models that nobody asked for within their time to live."""
@@ -277,10 +320,7 @@ class Controller:
     async def serve(self) -> None:
         """Keep engines running until :meth:`request_stop`; returns once nothing of them is left."""
         self.primary.start()
-        for name in self.settings.models.pinned:
-            profile = load_profile(name, self.folders.profiles)
-            self.others[name] = self._keeper(profile)
-            self.others[name].start()
+        self._start_pinned()
         tidy = asyncio.create_task(self._unload_idle())
         stop = asyncio.create_task(self._stop.wait())
         try:
@@ -305,7 +345,26 @@ class Controller:
             )
             await asyncio.gather(*(keeper.stop(self._hurry) for keeper in self.keepers()))
             if self._unloading:
-                await asyncio.wait(self._unloading)
+                await asyncio.wait(self._unloading.values())
+
+    def _pinned_profiles(self, first: Profile) -> tuple[Profile, ...]:
+        models = self.settings.models
+        pinned = tuple(load_profile(name, self.folders.profiles) for name in models.pinned)
+        together = {first.name, *(profile.name for profile in pinned)}
+        if models.pinned and len(together) > models.max_loaded:
+            raise ConfigError(
+                f"models.pinned and the first model are {len(together)} engines, and "
+                f"models.max_loaded = {models.max_loaded}",
+                hint="Raise models.max_loaded, or pin fewer.",
+            )
+        return pinned
+
+    def _start_pinned(self) -> None:
+        """Load the pinned models that are not loaded."""
+        for profile in self._pinned:
+            if profile.name not in {self.primary.profile.name, *self.others}:
+                self.others[profile.name] = self._keeper(profile)
+                self.others[profile.name].start()
 
     def _keeper(self, profile: Profile, board: StatusBoard | None = None) -> Keeper:
         return Keeper(
@@ -315,7 +374,10 @@ class Controller:
             board or StatusBoard(self._bus, Status()),
             AdmissionQueue(self._limits),
             self._tick,
-            make_room=self._make_room,
+            self._promises,
+            # One at a time: while an engine stops, its memory is still to come back.
+            make_room=lambda: bool(self._unloading) or self._make_room(),
+            has_turn=lambda: self._has_turn(profile.name),
         )
 
     def _refuse_while_stopping(self) -> None:

@@ -1,6 +1,7 @@
 """The memory ledger of a profile for people and programs: the verdict, and the largest context that fits."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from rich.table import Table
 from spark_llm import host, model_facts
 from spark_llm.config import Settings
 from spark_llm.errors import ConfigError, TryAgainError
-from spark_llm.ledger import GIB, Ledger, Machine, Model, account, kv_cache_bytes_for
+from spark_llm.folders import Folders
+from spark_llm.high_water import HighWater, build_of
+from spark_llm.ledger import GIB, Ledger, Machine, Measured, Model, account, kv_cache_bytes_for
+from spark_llm.prepare import engine_python
 from spark_llm.profile import Profile
 from spark_llm.store.credentials import check_endpoint, read_token
 from spark_llm.switches import adjust
@@ -66,13 +70,14 @@ def find_model(
         raise
 
 
-def plan(
+def plan(  # noqa: PLR0913  what is asked of the plan
     profile: Profile,
     model: Model | None,
     machine: Machine,
     *,
     sequences: int | None = None,
     widen: bool = False,
+    recall: Callable[[Profile], tuple[Measured | None, str]] = lambda _: (None, ""),
 ) -> tuple[Profile, Ledger]:
     """Ledger of ``profile``, and the profile with the KV cache that it counts.
 
@@ -82,6 +87,7 @@ def plan(
         machine: see :func:`machine`.
         sequences: size the KV cache for so many whole sequences; None keeps the profile's.
         widen: let the cache grow until it holds one sequence, for a context that was asked for.
+        recall: what earlier runs of a profile took, see :func:`measurements`.
 
     Raises:
         ConfigError: a size was asked for and the model's layers are not known, or see
@@ -97,7 +103,19 @@ def plan(
         if sequences is None:
             needed = max(needed, profile.kv_cache_bytes)
         profile = adjust(profile, kv_cache_bytes=needed, max_num_seqs=sequences)
-    return profile, account(profile, machine, model)
+    measured, word = recall(profile)
+    ledger = account(profile, machine, model, measured)
+    return profile, replace(ledger, notes=(*ledger.notes, word)) if word else ledger
+
+
+def measurements(
+    settings: Settings, folders: Folders, *, imagined: bool = False
+) -> Callable[[Profile], tuple[Measured | None, str]]:
+    """What earlier runs on this machine took, for :func:`plan`; nothing for a machine that is only ``imagined``."""
+    if imagined:
+        return lambda _: (None, "")
+    build = build_of(engine_python(settings))
+    return lambda profile: HighWater(folders.high_water).recall(profile, build)
 
 
 def as_json(profile: Profile, ledger: Ledger) -> dict[str, Any]:
@@ -121,6 +139,7 @@ def as_json(profile: Profile, ledger: Ledger) -> dict[str, Any]:
         "fits_now": ledger.fits_now,
         "fits_machine": ledger.fits_machine,
         "verdict": verdict(ledger),
+        "notes": list(ledger.notes),
     }
 
 
@@ -158,6 +177,8 @@ def show(profile: Profile, ledger: Ledger, console: Console | None = None) -> No
         )
     if ledger.longest_context is not None:
         console.print(f"Largest context that fits this machine: {ledger.longest_context} tokens.")
+    for note in ledger.notes:
+        console.print(f"Note: {note}.")
     console.print(verdict(ledger))
 
 

@@ -36,6 +36,11 @@ class Folders:
         """Hashes of the API keys."""
         return self.state / "keys.json"
 
+    @property
+    def high_water(self) -> Path:
+        """The most memory each profile's engine has taken."""
+        return self.state / "high-water.json"
+
     def make(self) -> "Folders":
         """Create what is missing, readable by the owner and group only.
 

@@ -29,6 +29,7 @@ class GateFacts:
         need_bytes: the ledger's need on this node, in bytes.
         reserve_bytes: what must stay free for the host, in bytes.
         available_bytes: ``MemAvailable`` now, in bytes.
+        promised_bytes: of it, what other engines were promised and have not taken yet, in bytes.
         total_bytes: ``MemTotal``, in bytes.
         waited_s: time spent waiting so far, in seconds.
         timeout_s: longest wait, in seconds.
@@ -44,6 +45,7 @@ class GateFacts:
     reserve_bytes: int
     available_bytes: int
     total_bytes: int
+    promised_bytes: int = 0
     waited_s: float = 0.0
     timeout_s: float = 300.0
     disk_free_bytes: int = 0
@@ -101,13 +103,15 @@ def decide(facts: GateFacts) -> GateVerdict:
             "Start `spark-llm worker` on the other node.",
             warnings,
         )
-    short = facts.need_bytes + facts.reserve_bytes - facts.available_bytes
+    short = facts.need_bytes + facts.reserve_bytes + facts.promised_bytes - facts.available_bytes
     if short > 0:
+        promised = f", {_gib(facts.promised_bytes)} of it promised to other engines"
         return _wait(
             facts,
             Reason.MEMORY,
             f"{_gib(facts.need_bytes)} needed and {_gib(facts.reserve_bytes)} kept for the host, "
-            f"{_gib(facts.available_bytes)} available: {_gib(short)} short",
+            f"{_gib(facts.available_bytes)} available{promised if facts.promised_bytes else ''}: "
+            f"{_gib(short)} short",
             "Stop what else uses memory, or lower the context.",
             warnings,
         )

@@ -1,8 +1,10 @@
 """Facts of this machine: memory, driver, GPU, bandwidth. All reading, no deciding."""
 
+import contextlib
 import ctypes
 import os
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,13 +63,9 @@ def gpu_name(root: Path = _ROOT) -> str:
 
 def gpu_power_w() -> float | None:
     """Draw of the first GPU in watts through NVML; None where there is no NVML or it does not say."""
-    try:
-        nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except OSError:
-        return None
-    if nvml.nvmlInit_v2() != 0:
-        return None
-    try:
+    with _nvml() as nvml:
+        if nvml is None:
+            return None
         device = ctypes.c_void_p()
         milliwatts = ctypes.c_uint()
         if nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(device)) != 0:
@@ -75,6 +73,62 @@ def gpu_power_w() -> float | None:
         if nvml.nvmlDeviceGetPowerUsage(device, ctypes.byref(milliwatts)) != 0:
             return None
         return milliwatts.value / 1000
+
+
+class _ProcessInfo(ctypes.Structure):
+    """``nvmlProcessInfo_t`` of nvml.h."""
+
+    _fields_ = (
+        ("pid", ctypes.c_uint),
+        ("used", ctypes.c_ulonglong),
+        ("gpu_instance", ctypes.c_uint),
+        ("compute_instance", ctypes.c_uint),
+    )
+
+
+_NOT_AVAILABLE = 2**64 - 1  # NVML_VALUE_NOT_AVAILABLE
+_MOST_PROCESSES = 256
+
+
+def gpu_processes() -> dict[int, int]:
+    """Device memory of each process that computes on the GPUs, in bytes, through NVML; empty where it does not say.
+
+    On a GB10, where NVML does not know the GPU's memory as a whole, it does know this (llama-swap#782).
+    """
+    found: dict[int, int] = {}
+    with _nvml() as nvml:
+        count = ctypes.c_uint()
+        if nvml is None or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+            return found
+        for index in range(count.value):
+            device = ctypes.c_void_p()
+            size = ctypes.c_uint(_MOST_PROCESSES)
+            table = (_ProcessInfo * _MOST_PROCESSES)()
+            if (
+                nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(device)) != 0
+                or nvml.nvmlDeviceGetComputeRunningProcesses_v3(device, ctypes.byref(size), table)
+                != 0
+            ):
+                continue
+            for item in table[: size.value]:
+                if item.used != _NOT_AVAILABLE:
+                    found[item.pid] = found.get(item.pid, 0) + item.used
+    return found
+
+
+@contextlib.contextmanager
+def _nvml() -> Iterator[ctypes.CDLL | None]:
+    """The driver's management library, initialised; None without a driver."""
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        yield None
+        return
+    if nvml.nvmlInit_v2() != 0:
+        yield None
+        return
+    try:
+        yield nvml
     finally:
         nvml.nvmlShutdown()
 

@@ -1,11 +1,11 @@
 """Keeps one engine serving one profile: start, prove, watch, restart within a budget, stop."""
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 from spark_llm import policy
 from spark_llm.argv import served_names
@@ -16,8 +16,10 @@ from spark_llm.folders import Folders
 from spark_llm.gateway.queue import AdmissionQueue
 from spark_llm.gateway.reply import Reply
 from spark_llm.gateway.upstream import Upstream
+from spark_llm.high_water import HighWater
 from spark_llm.prepare import Preparation
 from spark_llm.profile import Profile
+from spark_llm.promises import Promises
 from spark_llm.reason import Reason
 from spark_llm.run import EngineFailedError, EngineRun
 from spark_llm.starts import Starts
@@ -25,6 +27,16 @@ from spark_llm.status import SERVING, TERMINAL, State, StatusBoard
 from spark_llm.watchman import Level
 
 _TICK_S = 1.0
+_WORTH_A_MARK = 64 * 2**20
+"""Growth of the high-water mark, in bytes, that is written down."""
+_NO_ENGINE: dict[str, Any] = {
+    "engine_pid": None,
+    "run_id": "",
+    "speed": "",
+    "memory_bytes": 0,
+    "memory_peak_bytes": 0,
+}
+"""Fields of the status that belong to a run."""
 
 log = logging.getLogger("spark_llm.keeper")
 
@@ -38,6 +50,7 @@ class Keeper:
         queue: who may go to its engine.
         run: the engine's current run; None between runs.
         used_at: when a request last asked for it, on the monotonic clock, in seconds.
+        admitted: set once it has passed the start gate, or never will.
         settled: set once it is ready for the first time, or failed or blocked.
         waiting_to_load: requests that wait for that.
     """
@@ -50,22 +63,34 @@ class Keeper:
         board: StatusBoard,
         queue: AdmissionQueue,
         tick: Callable[[], None],
+        promises: Promises,
         *,
         make_room: Callable[[], bool] = lambda: False,
+        has_turn: Callable[[], bool] = lambda: True,
     ) -> None:
         self.profile = profile
         self.board = board
         self.queue = queue
         self.run: EngineRun | None = None
         self.used_at = time.monotonic()
+        self.admitted = asyncio.Event()
         self.settled = asyncio.Event()
         self.waiting_to_load = 0
         self._settings = settings
         self._tick = tick
-        self._preparation = Preparation(settings, folders, board, tick, make_room)
+        self._promises = promises
+        self._preparation = Preparation(
+            settings, folders, board, tick, promises, make_room=make_room, has_turn=has_turn
+        )
+        self._high_water = HighWater(folders.high_water)
+        self._build = ""
+        self._need = 0
+        self._marked = 0
         self._starts = Starts(folders.state / "starts.json")
         self._failures: list[policy.Failure] = []
         self._sealed: Namespace | None = None
+        self._holding = ExitStack()
+        self._stopping: asyncio.Task[None] | None = None
         self._work: asyncio.Task[None] | None = None
         board.progress(profile=profile.name, model=profile.model)
 
@@ -153,27 +178,34 @@ class Keeper:
             hurried.cancel()
 
     async def stop(self, hurry: asyncio.Event, reason: Reason = Reason.STOPPED_BY_USER) -> None:
-        """Stop the engine and wait until nothing of it is left; at once when ``hurry`` is set."""
-        self.board.enter(State.STOPPING, reason)
+        """Stop the engine and wait until nothing of it is left; at once when ``hurry`` is set.
+
+        It goes on when its caller is cancelled, and whoever asks again waits for the same stop.
+        """
+        if self._stopping is None:
+            self.board.enter(State.STOPPING, reason)
+            self._stopping = asyncio.create_task(self._stop(hurry))
+        await asyncio.shield(self._stopping)
+        self.board.enter(State.STOPPED, reason, percent=0, **_NO_ENGINE)
+
+    async def _stop(self, hurry: asyncio.Event) -> None:
         if self._work is not None:
             self._work.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait((self._work,))
-        run, self.run = self.run, None
-        if run is not None:
-            stopping = asyncio.create_task(run.stop(self._settings.engine.stop_timeout_s))
-            hurried = asyncio.create_task(hurry.wait())
-            await asyncio.wait((stopping, hurried), return_when=asyncio.FIRST_COMPLETED)
-            if not stopping.done():
-                await run.kill()
-            await stopping
-            hurried.cancel()
-            if self._sealed is not None:
-                await asyncio.to_thread(
-                    self._sealed.seal
-                )  # with what was compiled since it was ready
-        self.board.enter(State.STOPPED, reason, engine_pid=None, run_id="", percent=0, speed="")
-        self.settled.set()
+            await asyncio.wait((self._work,))
+        with self._holding:  # the model and the caches are its own until it is gone
+            run, self.run = self.run, None
+            if run is not None:
+                stopping = asyncio.create_task(run.stop(self._settings.engine.stop_timeout_s))
+                hurried = asyncio.create_task(hurry.wait())
+                await asyncio.wait((stopping, hurried), return_when=asyncio.FIRST_COMPLETED)
+                if not stopping.done():
+                    await run.kill()
+                await stopping
+                hurried.cancel()
+                if self._sealed is not None:
+                    # with what was compiled since it was ready
+                    await asyncio.to_thread(self._sealed.seal)
+        self._give_up()
 
     async def ask_canary(self) -> str:
         """Prove the running engine's tokens again, on demand.
@@ -190,6 +222,12 @@ class Keeper:
             self.board.enter(State.DEGRADED, error.reason, error.message, proven="")
             raise
 
+    def _give_up(self) -> None:
+        """Nothing more is to be expected of it: others need not wait, nor leave its memory free."""
+        self._promises.release(self.profile.name)
+        self.admitted.set()
+        self.settled.set()
+
     async def _keep_running(self) -> None:
         try:
             while True:
@@ -197,7 +235,7 @@ class Keeper:
                     await self._one_run()
                 except EngineFailedError as error:
                     if not await self._after_failure(error):
-                        return
+                        break
         except SparkLlmError as error:
             log.error("%s %s", error.message, error.hint)  # noqa: TRY400  for a person, no traceback
             self.board.enter(State.BLOCKED, error.reason, error.message, hint=error.hint)
@@ -205,51 +243,66 @@ class Keeper:
             # A fault of ours: say so everywhere instead of standing still without a word.
             log.exception("internal error")
             hint = "The log has the traceback; please report it."
-            self.board.enter(State.FAILED, Reason.INTERNAL, repr(error), hint=hint)
-        finally:
-            self.settled.set()
+            self.run = None
+            self.board.enter(
+                State.FAILED, Reason.INTERNAL, repr(error), hint=hint, proven="", **_NO_ENGINE
+            )
+        self._give_up()
 
     async def _one_run(self) -> None:
         """From preflight to the end of one engine run, which is always an error."""
         with ExitStack() as holding:
-            prepared = await self._preparation.prepare(self.profile, holding)
-            started = time.monotonic()
-            expected_s = self._starts.expected_s(self.profile.name)
-            self.board.enter(
-                State.LOADING, percent=2, manifest=prepared.manifest.digest, eta_s=expected_s
-            )
-            self.run = EngineRun(
-                self._settings,
-                prepared,
-                self.board,
-                self._tick,
-                self._on_memory,
-            )
             try:
-                await self.run.load(expected_s)
-                self.board.enter(State.WARMING)
-                log.info("the canary answered %r", await self.run.prove())
-                await asyncio.to_thread(prepared.namespace.seal)
-                self._sealed = prepared.namespace
-                took = time.monotonic() - started
-                log.info("%s is ready after %.1f s", self.profile.name, took)
-                self._starts.took(self.profile.name, took)
-                self.board.enter(
-                    State.READY,
-                    message=f"ready after {took:.1f} s",
-                    percent=100,
-                    proven=prepared.manifest.digest,
-                    restarts=len(self._failures),
-                    restarts_left=self._settings.engine.restart_budget - len(self._failures),
-                )
-                self.queue.open()
-                self._on_memory(self.run.memory)  # an alarm during the load counts now
-                self.settled.set()
-                await self.run.watch()
-            except EngineFailedError:
-                self._sealed = None  # what a dying engine wrote is not trusted
-                await self.run.kill()
+                await self._held_run(holding)
+            except asyncio.CancelledError:
+                self._holding = holding.pop_all()  # until the engine is stopped
                 raise
+
+    async def _held_run(self, holding: ExitStack) -> None:
+        prepared = await self._preparation.prepare(self.profile, holding)
+        self.admitted.set()
+        started = time.monotonic()
+        expected_s = self._starts.expected_s(self.profile.name)
+        self.board.enter(
+            State.LOADING, percent=2, manifest=prepared.manifest.digest, eta_s=expected_s
+        )
+        self.run = EngineRun(
+            self._settings,
+            prepared,
+            self.board,
+            self._tick,
+            self._on_memory,
+            self._on_weight,
+        )
+        self._build, self._marked = prepared.memory_build, 0
+        self._need = prepared.account.need_bytes
+        try:
+            await self.run.load(expected_s)
+            self.board.enter(State.WARMING)
+            log.info("the canary answered %r", await self.run.prove())
+            await asyncio.to_thread(prepared.namespace.seal)
+            self._sealed = prepared.namespace
+            took = time.monotonic() - started
+            log.info("%s is ready after %.1f s", self.profile.name, took)
+            self._starts.took(self.profile.name, took)
+            self.board.enter(
+                State.READY,
+                message=f"ready after {took:.1f} s",
+                percent=100,
+                proven=prepared.manifest.digest,
+                restarts=len(self._failures),
+                restarts_left=self._settings.engine.restart_budget - len(self._failures),
+            )
+            self.queue.open()
+            self._on_memory(self.run.memory)  # an alarm during the load counts now
+            self.settled.set()
+            await self.run.weigh()
+            await self.run.watch()
+        except Exception:  # a fault of ours, too, must not leave an engine that nobody looks after
+            self._sealed = None  # what a dying engine wrote is not trusted
+            await self.run.kill()
+            self._promises.took(self.profile.name, 0)
+            raise
 
     def _on_memory(self, level: Level) -> None:
         """The guard has spoken: a soft alarm closes the door until memory is back."""
@@ -267,6 +320,24 @@ class Keeper:
             self.queue.open()
             self.board.enter(State.READY, message="memory is back", percent=100)
 
+    def _on_weight(self) -> None:
+        """The engine was weighed: keep the account of what it may still take, and its high-water mark."""
+        run = self.run
+        if run is None:
+            return
+        serving, mark = self.state in SERVING, run.mark
+        # Where nobody can tell what it has on the GPU, a loaded engine counts as having all it was promised.
+        held = self._need if mark.whole and serving else run.held
+        self._promises.took(self.profile.name, held)
+        self.board.progress(
+            memory_bytes=run.held,
+            memory_peak_bytes=max(mark.size, self.board.now.memory_peak_bytes),
+        )
+        grown = not self._marked or mark.size >= self._marked + _WORTH_A_MARK
+        if serving and self._build and grown:
+            self._marked = mark.size
+            self._high_water.remember(self.profile, self._build, mark)
+
     async def _after_failure(self, error: EngineFailedError) -> bool:
         """Apply the restart policy; False when it says to stay down."""
         run, self.run = self.run, None
@@ -282,12 +353,10 @@ class Keeper:
             "last_log": run.tail if run else (),
             "restarts": len(self._failures),
             "restarts_left": verdict.left,
-            "engine_pid": None,
-            "run_id": "",
             "manifest": "",
             "proven": "",
             "percent": 0,
-            "speed": "",
+            **_NO_ENGINE,
         }
         if verdict.action is policy.Action.FAIL:
             hint = verdict.hint or error.hint

@@ -5,6 +5,7 @@ each line names where its number comes from, and what is not known is rounded up
 """
 
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -32,6 +33,8 @@ class Overhead:
     shared_source: str
     block_size: int
     load_factor: float
+    margin_share: float
+    margin_bytes: int
 
 
 @cache
@@ -76,6 +79,21 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What earlier runs of the same profile and engine took on this machine.
+
+    Attributes:
+        size: all of it at the highest, in bytes.
+        runs: how many runs say so.
+        whole: as the fall of the machine's available memory, not from the engine's own processes.
+    """
+
+    size: int
+    runs: int
+    whole: bool = False
+
+
+@dataclass(frozen=True)
 class Ledger:
     """The whole account of one node.
 
@@ -89,6 +107,7 @@ class Ledger:
         longest_context: largest context that would fit this machine for one sequence, with all
             memory that is left as KV
             cache, in tokens; None if the model is not known.
+        notes: what a reader should know beside the lines.
     """
 
     lines: tuple[Line, ...]
@@ -98,11 +117,12 @@ class Ledger:
     sequences: float
     context: int
     longest_context: int | None
+    notes: tuple[str, ...] = ()
 
     @property
     def need_bytes(self) -> int:
         """Sum of all lines."""
-        return sum(line.size for line in self.lines)
+        return _total(self.lines)
 
     @property
     def fits_now(self) -> bool:
@@ -124,13 +144,16 @@ class Ledger:
         return min(0.99, max(0.01, ceil(self.need_bytes / self.machine.total * 100) / 100))
 
 
-def account(profile: Profile, machine: Machine, model: Model | None) -> Ledger:
+def account(
+    profile: Profile, machine: Machine, model: Model | None, measured: Measured | None = None
+) -> Ledger:
     """The ledger of ``profile`` on one node.
 
     Args:
         profile: what is to be served; its KV cache is taken as given.
         machine: memory of the node.
         model: None if neither config.json nor headers could be read; the profile's own figures are used then.
+        measured: what earlier runs took; takes the place of the estimates, never of weights and KV cache.
 
     Raises:
         ConfigError: the cache cannot hold one sequence, the context is above the model's, the draft
@@ -144,16 +167,25 @@ def account(profile: Profile, machine: Machine, model: Model | None) -> Ledger:
     if model is not None:
         layout = kv_cache.layout(model.architecture, cache_options(profile), model.draft)
         _check_cache(profile, layout)
-    lines = (
-        *_weights(profile, model, extra),
-        Line("KV cache", profile.kv_cache_bytes, "the profile's kv_cache_bytes"),
+    weights = _weights(profile, model, extra)
+    cache = Line("KV cache", profile.kv_cache_bytes, "the profile's kv_cache_bytes")
+    known = (*weights, cache)
+    estimated = (
         Line("activations", _activations(profile, model), _ACTIVATION_SOURCE),
         Line("CUDA graphs", 0 if profile.eager else extra.graph_bytes, extra.graph_source),
         Line("runtime", extra.runtime_bytes, extra.runtime_source),
         Line("shared memory", extra.shared_bytes * profile.nodes, extra.shared_source),
     )
-    lines = tuple(line for line in lines if line.size)
-    others = sum(line.size for line in lines) - profile.kv_cache_bytes
+    # The weights' lines are rounded up by the load factor; what the headers say is the least there can be.
+    least = int(_total(weights) / extra.load_factor) + cache.size
+    beside: tuple[Line, ...] = estimated
+    notes: tuple[str, ...] = ()
+    if measured is not None and measured.size < least:
+        notes = (_not_believed(measured, least),)
+    elif measured is not None:
+        beside = (_learned(measured, _total(known), _total(estimated), extra),)
+    lines = tuple(line for line in (*known, *beside) if line.size)
+    others = _total(lines) - profile.kv_cache_bytes
     room = max(machine.total - machine.reserve - others, 0)
     longest = None
     sequences = 0.0
@@ -169,7 +201,39 @@ def account(profile: Profile, machine: Machine, model: Model | None) -> Ledger:
         sequences=sequences,
         context=profile.context,
         longest_context=longest,
+        notes=notes,
     )
+
+
+def _learned(measured: Measured, known: int, estimated: int, extra: Overhead) -> Line:
+    """What is taken beside the ``known`` bytes, as measured, in place of the ``estimated`` bytes."""
+    rest = max(measured.size - known, 0)
+    margin = max(extra.margin_bytes, ceil(rest * extra.margin_share))
+    how = "measured on this machine" + (" by its available memory" if measured.whole else "")
+    source = (
+        f"{how}, {_runs(measured)}: {_gib(measured.size)} in all, and a margin of {_gib(margin)}; "
+        f"estimated: {_gib(estimated)}"
+    )
+    return Line("all else", rest + margin, source)
+
+
+def _not_believed(measured: Measured, least: int) -> str:
+    return (
+        f"{_gib(measured.size)} measured in {_runs(measured)} is less than weights and KV cache, "
+        f"{_gib(least)}: not used"
+    )
+
+
+def _runs(measured: Measured) -> str:
+    return f"{measured.runs} run{'s' if measured.runs > 1 else ''}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
+
+
+def _total(lines: Iterable[Line]) -> int:
+    return sum(line.size for line in lines)
 
 
 def kv_cache_bytes_for(profile: Profile, model: Model, sequences: int) -> int:

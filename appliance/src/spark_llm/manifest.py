@@ -13,6 +13,7 @@ FORMAT = 1
 VOLATILE_FLAGS = frozenset(
     {
         "--api-key",
+        "--gpu-memory-utilization",
         "--host",
         "--model",
         "--port",
@@ -21,7 +22,10 @@ VOLATILE_FLAGS = frozenset(
         "--shutdown-timeout",
     }
 )
-"""Engine flags that change nothing an engine compiles or caches; the model's identity is its commit, not its path."""
+"""Engine flags that change nothing an engine compiles or caches; the model's identity is its commit, not its path.
+
+``--gpu-memory-utilization`` is the ledger's need, which moves as the ledger learns; vLLM leaves it out of its own
+compile hash too (``config/cache.py``, ``compute_hash``)."""
 
 VOLATILE_VARIABLES = frozenset(
     {"HOME", "LOGNAME", "PATH", "PWD", "SHELL", "TERM", "TMPDIR", "USER"}

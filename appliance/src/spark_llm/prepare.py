@@ -18,9 +18,11 @@ from spark_llm.config import Settings
 from spark_llm.demo_model import SEED, write_demo_model
 from spark_llm.errors import RefusedError
 from spark_llm.folders import Folders
+from spark_llm.high_water import HighWater, build_of
 from spark_llm.manifest import Manifest
 from spark_llm.model_folder import check_model_folder
 from spark_llm.profile import DEMO_MODEL, Engine, Profile
+from spark_llm.promises import Promises
 from spark_llm.reason import Reason
 from spark_llm.status import State, StatusBoard
 from spark_llm.store import Failure, Note, Progress, Request, Result, Store
@@ -44,7 +46,8 @@ class Prepared:
         socket: where the engine will listen.
         manifest: the exact bits.
         namespace: its compile caches, checked.
-        account: the memory ledger.
+        account: the memory ledger, with what was available before the start.
+        memory_build: what a measurement of its memory holds for, see :func:`spark_llm.high_water.build_of`.
         model: facts of the model, for the roofline; None if they could not be read.
     """
 
@@ -54,6 +57,7 @@ class Prepared:
     manifest: Manifest
     namespace: Namespace
     account: ledger.Ledger
+    memory_build: str
     model: ledger.Model | None
 
 
@@ -65,22 +69,29 @@ class Preparation:
         folders: of the service.
         board: shows the progress.
         tick: called at least once a second.
+        promises: memory that engines were promised.
         make_room: called when memory is short; True if it freed some.
+        has_turn: whether it may pass the start gate; False while another goes first.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  the parts it is made of
         self,
         settings: Settings,
         folders: Folders,
         board: StatusBoard,
         tick: Callable[[], None],
+        promises: Promises,
+        *,
         make_room: Callable[[], bool] = lambda: False,
+        has_turn: Callable[[], bool] = lambda: True,
     ) -> None:
         self._settings = settings
         self._folders = folders
         self._board = board
         self._tick = tick
+        self._promises = promises
         self._make_room = make_room
+        self._has_turn = has_turn
         self._store = Store(folders.models)
 
     async def prepare(self, profile: Profile, holding: ExitStack) -> Prepared:
@@ -103,9 +114,10 @@ class Preparation:
             speculative = profile.speculative
             draft = await self._bring(speculative.model, speculative.revision, holding)
         facts = await asyncio.to_thread(model_facts.known_model, profile, model, draft)
-        account = await self._wait_for_memory(profile, facts)
+        build = await asyncio.to_thread(build_of, engine_python(self._settings))
+        account = await self._wait_for_memory(profile, facts, build)
         await asyncio.to_thread(host.drop_page_cache, model)
-        return await self._command(profile, model, draft, facts, account, holding)
+        return await self._command(profile, model, draft, facts, account, build, holding)
 
     async def _bring(self, model: str, revision: str, holding: ExitStack) -> Path:
         """The folder of a complete, verified model; fetched if the store lacks it."""
@@ -149,19 +161,29 @@ class Preparation:
             percent = 100 * event.bytes // event.total if event.total else 100
             self._board.progress(phase=event.status_line(), percent=percent, eta_s=event.eta_s)
 
-    async def _wait_for_memory(self, profile: Profile, facts: ledger.Model | None) -> ledger.Ledger:
-        """Wait until the ledger's need is really available; refuse what can never fit."""
+    async def _wait_for_memory(
+        self, profile: Profile, facts: ledger.Model | None, build: str
+    ) -> ledger.Ledger:
+        """Wait until the ledger's need is really available, and have it promised; refuse what can never fit."""
         memory = self._settings.memory
+        measured, word = HighWater(self._folders.high_water).recall(profile, build)
+        if word:
+            log.warning("%s", word)
         started = time.monotonic()
         while True:
             self._tick()
+            if not self._has_turn():
+                started = time.monotonic()  # the limit is for memory, not for the turn
+                await self._wait_for_turn()
+                continue
             machine = host.machine(reserve_bytes=memory.reserve_bytes)
-            account = ledger.account(profile, machine, facts)
+            account = ledger.account(profile, machine, facts, measured)
             verdict = gate.decide(
                 gate.GateFacts(
                     need_bytes=account.need_bytes,
                     reserve_bytes=machine.reserve,
                     available_bytes=machine.available,
+                    promised_bytes=self._promises.outstanding(profile.name),
                     total_bytes=machine.total,
                     waited_s=time.monotonic() - started,
                     timeout_s=memory.gate_timeout_s,
@@ -171,7 +193,9 @@ class Preparation:
                 )
             )
             if verdict.action is gate.Action.GO:
-                for warning in verdict.warnings:
+                # In the same breath as the look at what is available: nobody comes between.
+                self._promises.make(profile.name, account.need_bytes)
+                for warning in (*verdict.warnings, *account.notes):
                     log.warning("%s", warning)
                     self._board.bus.publish("warning", message=warning)
                 return account
@@ -185,6 +209,13 @@ class Preparation:
                 self._make_room()
             await asyncio.sleep(_GATE_POLL_S)
 
+    async def _wait_for_turn(self) -> None:
+        if self._board.now.state is not State.WAITING_MEMORY:
+            self._board.enter(
+                State.WAITING_MEMORY, Reason.MEMORY, "the first model has its memory first"
+            )
+        await asyncio.sleep(_GATE_POLL_S)
+
     async def _command(  # noqa: PLR0913, PLR0917  what the steps before have found
         self,
         profile: Profile,
@@ -192,6 +223,7 @@ class Preparation:
         draft: Path | None,
         facts: ledger.Model | None,
         account: ledger.Ledger,
+        memory_build: str,
         holding: ExitStack,
     ) -> Prepared:
         python = engine_python(self._settings)
@@ -240,7 +272,7 @@ class Preparation:
         await asyncio.to_thread(caches.prune, max_bytes=cache.max_bytes, keep=cache.keep)
         self._board.bus.publish("cache", verdict=verdict.state, message=verdict.message)
         command = build(namespace.environment())
-        return Prepared(profile, command, socket, bits, namespace, account, facts)
+        return Prepared(profile, command, socket, bits, namespace, account, memory_build, facts)
 
     def _identity(self, profile: Profile, folder: Path) -> str:
         """The commit of a hub model; of a local folder, a digest of its files' names, sizes and times."""

@@ -12,8 +12,11 @@ from spark_llm import canary, host, phases, policy, roofline
 from spark_llm.config import Settings
 from spark_llm.engine import EngineProcess
 from spark_llm.errors import SparkLlmError
+from spark_llm.footprint import weigh
 from spark_llm.gateway.upstream import UnreachableError, Upstream, UpstreamError
+from spark_llm.high_water import Mark
 from spark_llm.prepare import Prepared
+from spark_llm.profile import Engine
 from spark_llm.reason import Reason
 from spark_llm.scrape import parse_counters
 from spark_llm.status import StatusBoard
@@ -25,6 +28,9 @@ _TICK_S = 1.0
 _PROBE_TIMEOUT_S = 2.0
 _CANARY_TIMEOUT_S = 180.0
 _WARMING_PERCENT = 98
+_WEIGH_LOADING_S = 1.0
+_WEIGH_READY_S = 10.0
+"""Between two looks at its memory, which changes fast only while it loads."""
 
 log = logging.getLogger("spark_llm.engine")
 T = TypeVar("T")
@@ -42,20 +48,27 @@ class EngineRun:
         upstream: connections to its socket.
         progress: heartbeat of its iteration counter; None before the first scrape.
         speed: what decoding reached between the last two scrapes that had any; None before.
+        held: memory that it holds now, in bytes; as much as is known of it.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917  what it reports to
         self,
         settings: Settings,
         prepared: Prepared,
         board: StatusBoard,
         tick: Callable[[], None],
         on_memory: Callable[[Level], None],
+        on_weight: Callable[[], None],
     ) -> None:
         self.id = secrets.token_hex(4)
         self.upstream = Upstream(prepared.socket)
         self.progress: policy.Progress | None = None
         self.speed: roofline.Achieved | None = None
+        self.held = 0
+        self._peak = 0
+        self._lowest = prepared.account.machine.available
+        self._attributed = prepared.profile.engine is Engine.CPU
+        self._on_weight = on_weight
         self._settings = settings.engine
         self._prepared = prepared
         self._board = board
@@ -76,6 +89,7 @@ class EngineRun:
             prepared.socket.with_suffix(".guard"),
             on_memory,
         )
+        self._weighing = asyncio.create_task(self._weigh_often(), name="weighing")
         board.progress(run_id=self.id, engine_pid=self._process.pid, phase=self._phase.name)
 
     @property
@@ -92,6 +106,14 @@ class EngineRun:
     def memory(self) -> Level:
         """What the guard said last."""
         return self._watchman.level
+
+    @property
+    def mark(self) -> Mark:
+        """The most memory it has held so far."""
+        if self._attributed:
+            return Mark(self.id, self._peak)
+        fall = self._prepared.account.machine.available - self._lowest
+        return Mark(self.id, max(self._peak, fall), whole=True)
 
     @property
     def alive(self) -> bool:
@@ -184,6 +206,15 @@ class EngineRun:
                 raise EngineFailedError(_LIVENESS[reason], reason=reason)
             await self._exit_within(self._settings.scrape_interval_s)
 
+    async def weigh(self) -> None:
+        """Look what memory it holds now."""
+        found = await asyncio.to_thread(weigh, self.pid)
+        self.held = found.size
+        self._attributed = self._attributed or found.gpu is not None
+        self._peak = max(self._peak, found.size)
+        self._lowest = min(self._lowest, host.machine().available)
+        self._on_weight()
+
     async def stop(self, grace_s: float) -> None:
         """Stop the engine, by force after ``grace_s`` seconds, and wait until nothing of it is left."""
         stopping = asyncio.create_task(self._process.stop(grace_s))
@@ -197,7 +228,14 @@ class EngineRun:
         await self._process.kill()
         await self._close()
 
+    async def _weigh_often(self) -> None:
+        while self.alive:
+            await self.weigh()
+            await asyncio.sleep(_WEIGH_READY_S if self._was_ready else _WEIGH_LOADING_S)
+
     async def _close(self) -> None:
+        self._weighing.cancel()
+        await asyncio.wait((self._weighing,))
         await self._watchman.close()
         await self.upstream.close()
 

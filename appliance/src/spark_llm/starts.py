@@ -1,5 +1,6 @@
 """How long starts took, so that the next one can say how long it will take."""
 
+import contextlib
 from pathlib import Path
 
 from spark_llm.store import durable
@@ -26,7 +27,8 @@ class Starts:
         known = self._read()
         known.pop(profile, None)
         recent = dict([*known.items(), (profile, round(seconds, 1))][-_KEPT:])
-        durable.write_json(self._path, recent, durable=False)
+        with contextlib.suppress(OSError):
+            durable.write_json(self._path, recent, durable=False)
 
     def _read(self) -> dict[str, object]:
         try:

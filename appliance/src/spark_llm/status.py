@@ -52,6 +52,8 @@ class Status:
         manifest: digest of the exact bits that are served; empty before they are known.
         proven: digest for which the canary passed; empty if for none.
         speed: what decoding reached last, e.g. "38.2 tok/s, 71 % of what this memory allows"; empty before.
+        memory_bytes: what the engine holds of the machine's memory, as far as it is known; 0 without one.
+        memory_peak_bytes: the most it has held in this run.
         engine_pid: process id of the engine; None without one.
         restarts: engine restarts within the budget's window.
         restarts_left: how many the budget still allows.
@@ -72,6 +74,8 @@ class Status:
     manifest: str = ""
     proven: str = ""
     speed: str = ""
+    memory_bytes: int = 0
+    memory_peak_bytes: int = 0
     engine_pid: int | None = None
     restarts: int = 0
     restarts_left: int = 0

@@ -53,6 +53,9 @@ def status_table(code: int, status: dict[str, Any]) -> Table:
         table.add_row("engine", f"process {status['engine_pid']}, run {status['run_id']}")
     if status["speed"]:
         table.add_row("speed", str(status["speed"]))
+    if status["memory_peak_bytes"]:
+        held, peak = (status[name] / 2**30 for name in ("memory_bytes", "memory_peak_bytes"))
+        table.add_row("memory", f"{held:.1f} GiB, at most {peak:.1f}")
     if status["restarts"]:
         left = status["restarts_left"]
         table.add_row("restarts", f"{status['restarts']}, {left} left")

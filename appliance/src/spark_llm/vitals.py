@@ -1,5 +1,6 @@
 """What a process group has consumed, and whether a start that logs nothing still moves."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,19 +20,27 @@ class Vitals:
     processes: int = 0
 
 
-def read_vitals(group: int, proc: Path = Path("/proc")) -> Vitals:
-    """Sum over all living processes of ``group``; processes that end while it reads count as gone."""
-    ticks = io_bytes = processes = 0
+def members(group: int, proc: Path = Path("/proc")) -> Iterator[tuple[Path, list[str]]]:
+    """Folders of the living processes of ``group``, each with the fields of its ``stat`` from the third on."""
     for entry in proc.iterdir():
         if not entry.name.isdigit():
             continue
         try:
             # proc(5): the command may hold spaces and brackets, so fields are counted from its closing one.
             fields = (entry / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[2]) != group:
-                continue
-            ticks += int(fields[11]) + int(fields[12])
-            processes += 1
+            if int(fields[2]) == group:
+                yield entry, fields
+        except (OSError, ValueError, IndexError):
+            continue  # it has ended meanwhile
+
+
+def read_vitals(group: int, proc: Path = Path("/proc")) -> Vitals:
+    """Sum over all living processes of ``group``; processes that end while it reads count as gone."""
+    ticks = io_bytes = processes = 0
+    for entry, fields in members(group, proc):
+        ticks += int(fields[11]) + int(fields[12])
+        processes += 1
+        try:
             io = dict(line.split(": ") for line in (entry / "io").read_text().splitlines())
             io_bytes += int(io["rchar"]) + int(io["wchar"])
         except (OSError, ValueError):

@@ -21,6 +21,7 @@ from spark_llm.gateway.reply import Reply
 from spark_llm.gateway.upstream import Upstream
 from spark_llm.keeper import Keeper
 from spark_llm.profile import Profile, load_profile, shipped_folder
+from spark_llm.promises import Promises
 from spark_llm.reason import Reason
 from spark_llm.status import State
 
@@ -74,6 +75,7 @@ async def running_gateway(folder: Path, limits: Limits | None = None) -> AsyncIt
         controller.board,
         AdmissionQueue(limits),
         controller._tick,
+        Promises(),
     )
     controller.primary = keeper
     keeper.board.enter(State.READY)

@@ -39,7 +39,12 @@ def fit(  # noqa: PLR0913  one argument per option
     model = fitting.find_model(profile, settings, folders.models, os.environ, offline=offline)
     machine = fitting.machine(settings, memory)
     profile, ledger = fitting.plan(
-        profile, model, machine, sequences=seqs, widen=context is not None
+        profile,
+        model,
+        machine,
+        sequences=seqs,
+        widen=context is not None,
+        recall=fitting.measurements(settings, folders, imagined=memory is not None),
     )
     if as_json:
         print_json(fitting.as_json(profile, ledger))
