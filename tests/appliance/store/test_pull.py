@@ -70,6 +70,22 @@ def test_a_refresh_without_the_hub_keeps_to_what_is_here(pull: Puller) -> None:
     assert any("keeping to the known commit" in note for note in pulled.notes)
 
 
+def test_offline_nothing_is_fetched_and_the_unit_that_may_is_named(
+    pull: Puller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With HF_HUB_OFFLINE a missing model is refused before the hub is asked; what is here is served."""
+    pull.hub.add(MODEL, FILES)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    failure = pull(revision="main").failure
+    assert failure.reason == "model_missing"
+    assert f'"spark-llm-fetch@$(systemd-escape {MODEL}@main)"' in failure.hint
+    assert pull.hub.seen == []
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    commit = pull().result.commit
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert pull(refresh=True).result.commit == commit
+
+
 def test_a_tag_and_a_commit_name_the_same_snapshot(pull: Puller) -> None:
     """Revisions are names; the commit is what is stored."""
     commit = pull.hub.add(MODEL, FILES, branch="v1.0")

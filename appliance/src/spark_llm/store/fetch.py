@@ -202,7 +202,7 @@ class Fetch:
             try:
                 commit, tree, indexes = self._hub.plan()
             except SparkLlmError as error:
-                if error.reason in (Reason.NETWORK, Reason.STALLED) and (
+                if error.reason in (Reason.NETWORK, Reason.STALLED, Reason.MODEL_MISSING) and (
                     files := self._known_files(known)
                 ):
                     self._emit(

@@ -145,13 +145,26 @@ def _open(path: Path) -> int:
     folder = path.parent
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        folder.chmod(stat.S_IMODE(folder.parent.stat().st_mode))
+        _share(folder)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except FileExistsError:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     os.fchmod(descriptor, folder.stat().st_mode & 0o666)
     return descriptor
+
+
+def _share(folder: Path) -> None:
+    """Give a new folder its parent's mode, if the umask took something of it away."""
+    mode = stat.S_IMODE(folder.parent.stat().st_mode)
+    if stat.S_IMODE(folder.stat().st_mode) == mode:
+        return
+    try:
+        folder.chmod(mode)
+    except (
+        PermissionError
+    ):  # RestrictSUIDSGID= lets no one set that bit; the group itself was inherited
+        folder.chmod(mode & 0o777)
 
 
 def _has_name(descriptor: int, path: Path) -> bool:

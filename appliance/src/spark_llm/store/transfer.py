@@ -1,9 +1,10 @@
 """Asks the hub for a commit's files and brings those that are missing, with retries, progress and quarantine."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from spark_llm.errors import SparkLlmError
+from spark_llm.errors import RefusedError, SparkLlmError
 from spark_llm.reason import Reason
 from spark_llm.store import plan, snapshots, worker
 from spark_llm.store.layout import Incoming, ModelFolder
@@ -15,6 +16,10 @@ from spark_llm.store.stamp import Stamp
 Files = tuple[RemoteFile, ...]
 _CORRUPT_LIMIT = 2
 """A file that comes with wrong content this often is not asked for again."""
+
+
+_YES = ("1", "ON", "YES", "TRUE")
+"""What huggingface_hub takes for yes (2.4.0, constants.py)."""
 
 
 class Transfer:
@@ -122,6 +127,8 @@ class Transfer:
         )
 
     def _attempts(self, ask: Callable[[], worker.Message]) -> Iterator[worker.Message]:
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in _YES:
+            raise _offline(self._request)
         common = {
             "model": self._request.model,
             "endpoint": self._request.endpoint,
@@ -181,3 +188,14 @@ def partial_size(part: Path) -> int:
         return part.stat().st_size
     except OSError:
         return 0
+
+
+def _offline(request: Request) -> RefusedError:
+    """spark-llm.service sets HF_HUB_OFFLINE: it reaches loopback only, and another unit has network and token."""
+    name = f"{request.model}@{request.revision}" if request.revision else request.model
+    return RefusedError(
+        f"{name} is not in the store, and this process may not fetch it (HF_HUB_OFFLINE)",
+        reason=Reason.MODEL_MISSING,
+        hint=f'Fetch it: sudo systemctl start "spark-llm-fetch@$(systemd-escape {name})", then sudo systemctl '
+        "restart spark-llm. In a shell: unset HF_HUB_OFFLINE and pull again.",
+    )

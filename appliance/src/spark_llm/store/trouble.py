@@ -11,7 +11,6 @@ from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
     HfHubHTTPError,
-    OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -49,8 +48,6 @@ def describe(error: BaseException, model: str, endpoint: str, *, authenticated: 
         return Trouble(error.reason, error.message, error.hint)
     if isinstance(error, HfHubHTTPError):
         return _describe_http(error, model, page, authenticated=authenticated)
-    if isinstance(error, OfflineModeIsEnabled):
-        return Trouble(Reason.NETWORK, "HF_HUB_OFFLINE forbids downloads", "Unset HF_HUB_OFFLINE.")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Trouble(Reason.NO_DISK, f"the disk filled up while {model} was fetched", _FREE_SPACE)
     if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
