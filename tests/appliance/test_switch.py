@@ -1,11 +1,16 @@
 """Changing what is served while it is served: switch, return, on-demand load, unload."""
 
+import os
+import signal
 import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+from spark_llm import host
 
 from tests.appliance.service import (
     STUB_PROFILE,
@@ -155,6 +160,92 @@ def test_pinned_model_is_loaded_at_the_start_and_stays(short_path: Path) -> None
         run = running.status()["others"][0]["run_id"]
         assert running.post(CHAT, {"model": "other"})[0] == 200
         assert running.status()["others"][0]["run_id"] == run
+
+
+def test_switch_to_a_model_that_is_loaded_beside(short_path: Path) -> None:
+    """The engine beside the first is stopped before its profile becomes the first; a pinned one is loaded again."""
+    settings = {**ON_DEMAND, "SPARK_LLM_MODELS__PINNED": '["other"]'}
+    with _two_profiles(short_path, **settings) as running:
+        wait_for(lambda: running.status()["others"][0]["state"] == "ready", 30, running.text)
+        done = _switch(running, short_path, "other")
+        assert done.returncode == 0, done.stderr
+        assert running.status()["others"] == []
+        assert running.post(CHAT, {"model": "other"})[0] == 200
+        assert _switch(running, short_path, "stub").returncode == 0
+        wait_for(lambda: running.status()["others"][0]["state"] == "ready", 30, running.text)
+
+
+def test_model_that_is_being_unloaded_is_loaded_after_that(short_path: Path) -> None:
+    """A request for a model whose engine is still stopping waits for the new one; the two never run together."""
+    settings = {
+        **ON_DEMAND,
+        "SPARK_LLM_MODELS__TTL_S": "0.2",
+        "SPARK_LLM_ENGINE__STOP_TIMEOUT_S": "1.5",
+    }
+    with _two_profiles(short_path, "deaf", **settings) as running:
+        assert running.post(CHAT, {"model": "other"})[0] == 200
+
+        def engines() -> list[str]:
+            return [
+                line
+                for line in processes_below(short_path)
+                if "--uds" in line and "other.sock" in line
+            ]
+
+        before = engines()
+        wait_for(lambda: running.status()["others"] == [], 30, running.text)
+        assert engines() == before, "it is deaf to SIGTERM"
+        assert running.post(CHAT, {"model": "other"})[0] == 200
+        assert len(engines()) == len(before) == 1
+        assert engines() != before
+
+
+def test_memory_is_promised_once(short_path: Path) -> None:
+    """With memory for one of two engines the first model gets it, and keeps its place while its engine is restarted."""
+    need = 2.2 * 2**30  # of the stub by the ledger; it really takes some 40 MB
+    reserve = int(host.machine().available - 1.5 * need)
+    settings = {
+        **ON_DEMAND,
+        "SPARK_LLM_MODELS__PINNED": '["other"]',
+        "SPARK_LLM_MEMORY__RESERVE_BYTES": str(reserve),
+    }
+    (short_path / "state" / "high-water.json").mkdir(parents=True)  # nothing is learned
+    with _two_profiles(short_path, **settings) as running:
+
+        def beside() -> dict[str, str]:
+            found: dict[str, str] = running.status()["others"][0]
+            return found
+
+        wait_for(lambda: "promised to other engines" in beside()["message"], 30, running.text)
+        first = running.status()
+        os.kill(first["engine_pid"], signal.SIGKILL)
+        wait_for(lambda: running.status()["run_id"] not in {"", first["run_id"]}, 30, running.text)
+        running.wait_state("ready")
+        assert beside()["state"] == "waiting_memory"
+        assert "other is ready" not in running.text()
+
+
+@pytest.mark.parametrize(
+    ("pinned", "loaded", "message"),
+    [
+        ('["other"]', "1", "models.max_loaded = 1"),
+        ('["otter"]', "2", "no profile is named 'otter'"),
+    ],
+)
+def test_pinned_models_that_cannot_be_are_a_usage_error(
+    short_path: Path, pinned: str, loaded: str, message: str
+) -> None:
+    """Pinned models that are unknown, or more than may be loaded, are refused by name before anything starts."""
+    (short_path / "profiles").mkdir()
+    (short_path / "profiles" / "other.toml").write_text(STUB_PROFILE.format(fault=""))
+    settings = {
+        "SPARK_LLM_MODELS__PINNED": pinned,
+        "SPARK_LLM_MODELS__MAX_LOADED": loaded,
+    }
+    with stub_service(short_path, **settings) as running:
+        assert running.process.wait(30) == 2
+        assert message in running.text()
+        assert "loading" not in running.text()
 
 
 def test_canary_on_demand(short_path: Path) -> None:

@@ -98,7 +98,9 @@ def gpu_processes() -> dict[int, int]:
     found: dict[int, int] = {}
     with _nvml() as nvml:
         count = ctypes.c_uint()
-        if nvml is None or nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
+        if nvml is None or not hasattr(nvml, "nvmlDeviceGetComputeRunningProcesses_v3"):
+            return found  # drivers before 510
+        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) != 0:
             return found
         for index in range(count.value):
             device = ctypes.c_void_p()

@@ -174,7 +174,8 @@ class Preparation:
             self._tick()
             if not self._has_turn():
                 started = time.monotonic()  # the limit is for memory, not for the turn
-                await self._wait_for_turn()
+                self._show_waiting(Reason.MEMORY, "the first model has its memory first")
+                await asyncio.sleep(_GATE_POLL_S)
                 continue
             machine = host.machine(reserve_bytes=memory.reserve_bytes)
             account = ledger.account(profile, machine, facts, measured)
@@ -201,20 +202,16 @@ class Preparation:
                 return account
             if verdict.action is gate.Action.REFUSE:
                 raise RefusedError(verdict.message, reason=verdict.reason, hint=verdict.hint)
-            if self._board.now.state is not State.WAITING_MEMORY:
-                self._board.enter(
-                    State.WAITING_MEMORY, verdict.reason, verdict.message, hint=verdict.hint
-                )
+            self._show_waiting(verdict.reason, verdict.message, verdict.hint)
             if verdict.reason is Reason.MEMORY:
                 self._make_room()
             await asyncio.sleep(_GATE_POLL_S)
 
-    async def _wait_for_turn(self) -> None:
-        if self._board.now.state is not State.WAITING_MEMORY:
-            self._board.enter(
-                State.WAITING_MEMORY, Reason.MEMORY, "the first model has its memory first"
-            )
-        await asyncio.sleep(_GATE_POLL_S)
+    def _show_waiting(self, reason: Reason, message: str, hint: str = "") -> None:
+        if self._board.now.state is State.WAITING_MEMORY:
+            self._board.progress(reason=reason, message=message, hint=hint)
+        else:
+            self._board.enter(State.WAITING_MEMORY, reason, message, hint=hint)
 
     async def _command(  # noqa: PLR0913, PLR0917  what the steps before have found
         self,
