@@ -30,11 +30,18 @@ in
     '';
   };
 
-  # Both are subcommands, so that they can be tested and dry-run without Nix.
+  # All three are subcommands, so that they can be tested and dry-run without Nix.
   install = program "spark-llm-install" "Install the systemd service on DGX OS (asks for sudo)" {
     text = ''
       ${asRoot}
       exec ${lib.getExe pkgs.spark-llm} install --package ${pkgs.spark-llm} "$@"
+    '';
+  };
+
+  upgrade = program "spark-llm-upgrade" "Switch the installed service to this version, or back if it does not answer" {
+    text = ''
+      ${asRoot}
+      exec ${lib.getExe pkgs.spark-llm} upgrade ${pkgs.spark-llm} "$@"
     '';
   };
 

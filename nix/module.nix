@@ -34,6 +34,7 @@ let
     "localhost"
   ];
   clustered = cfg.cluster.peers != [ ];
+  loaded = lib.mapAttrsToList (name: file: "${name}:${toString file}");
 in
 {
   options.services.spark-llm = {
@@ -93,7 +94,7 @@ in
         api-keys = "/run/secrets/spark-llm-keys";
         hub-token = "/run/secrets/hub-token";
       };
-      description = "systemd credentials (LoadCredential) by name; the files are read by root and are no part of the store.";
+      description = "systemd credentials (LoadCredential) by name: api-keys, tls-certificate and tls-key for the service, hub-token for the fetch units alone. Root reads the files; they are no part of the store.";
     };
 
     cluster = {
@@ -173,10 +174,13 @@ in
       wantedBy = [ "spark-llm.target" ];
       restartTriggers = [ config.environment.etc."spark-llm/config.toml".source ];
       serviceConfig = {
-        LoadCredential = lib.mapAttrsToList (name: file: "${name}:${toString file}") cfg.credentials;
+        LoadCredential = loaded (removeAttrs cfg.credentials [ "hub-token" ]);
       }
       // lib.optionalAttrs (cfg.environmentFile != null) { EnvironmentFile = [ cfg.environmentFile ]; };
     };
+    systemd.services."spark-llm-fetch@".serviceConfig.LoadCredential = loaded (
+      lib.filterAttrs (name: _: name == "hub-token") cfg.credentials
+    );
 
     networking.firewall.allowedTCPPorts = lib.optional cfg.openFirewall port;
   };

@@ -32,7 +32,7 @@ PACKAGES = {
     "vllm-gb10-patched",
     "vllm-gb10-source",
 }
-APPS = {"default", "install", "load-oci", "serve", "uninstall", "update-pins"}
+APPS = {"default", "install", "load-oci", "serve", "uninstall", "update-pins", "upgrade"}
 
 pytestmark = [pytest.mark.usefixtures("nix"), pytest.mark.timeout(600)]
 
@@ -157,18 +157,18 @@ def test_image_is_configured() -> None:
 
 
 def test_nixos_module() -> None:
-    """A system with the service gets its config file, user, unit drop-in and open port."""
+    """A system with the service gets its users, port and credentials; the hub token goes to the fetch units alone."""
     out = run_nix(
         "eval",
         "--json",
         *machine(
             'openFirewall = true; settings.gateway.host = "0.0.0.0"; '
             'clients = [ "10.0.0.0/8" ]; '
-            'credentials.api-keys = "/run/keys";'
+            'credentials = { api-keys = "/run/keys"; hub-token = "/run/token"; };'
         ),
     )
     assert json.loads(out) == {
-        "credential": ["api-keys:/run/keys"],
+        "credential": {"service": ["api-keys:/run/keys"], "fetch": ["hub-token:/run/token"]},
         "ports": [8000],
         "users": ["spark-llm", "spark-llm-fetch"],
     }
@@ -213,7 +213,10 @@ def machine(settings: str) -> list[str]:
             ];
           }};
         in {{
-          credential = system.config.systemd.services.spark-llm.serviceConfig.LoadCredential;
+          credential = builtins.mapAttrs (_: unit: unit.serviceConfig.LoadCredential) {{
+            service = system.config.systemd.services.spark-llm;
+            fetch = system.config.systemd.services."spark-llm-fetch@";
+          }};
           ports = system.config.networking.firewall.allowedTCPPorts;
           users = builtins.attrNames system.config.users.users;
         }}""",
