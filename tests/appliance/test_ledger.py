@@ -1,14 +1,25 @@
 """The memory ledger: sums, verdicts and refusals."""
 
+import re
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from spark_llm import fit
 from spark_llm.architecture import Architecture, Attention, read_architecture
+from spark_llm.config import Settings
 from spark_llm.errors import ConfigError
+from spark_llm.kernels import Presence, screened_head_bytes
 from spark_llm.ledger import GIB, Ledger, Machine, Model, account, kv_cache_bytes_for
-from spark_llm.profile import Profile, Speculative, load_profile, shipped_folder
+from spark_llm.profile import (
+    Memory,
+    Profile,
+    Speculative,
+    load_profile,
+    profile_names,
+    shipped_folder,
+)
 from spark_llm.reason import Reason
 from spark_llm.switches import adjust
 from spark_llm.weights import Part, Weights
@@ -79,6 +90,56 @@ def test_eager_needs_no_graphs() -> None:
     """Eager mode captures no CUDA graphs."""
     eager = account(adjust(PROFILE, debug=True), SPARK, MODEL)
     assert size(account(PROFILE, SPARK, MODEL), "CUDA graphs") > size(eager, "CUDA graphs") == 0
+
+
+GB10 = replace(SPARK, kernels=Presence.GB10)
+BF16_HEAD = replace(
+    MODEL,
+    weights=Weights(
+        (
+            (Part.BODY, 16 * GIB),
+            (Part.EMBEDDING, 151936 * 4096 * 2),
+            (Part.LM_HEAD, 151936 * 4096 * 2),
+        ),
+        coded=4 * GIB,
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("machine", "switches", "screened", "coded"),
+    [
+        (SPARK, "", False, False),
+        (GB10, "", True, True),
+        (GB10, "-lm_head", False, True),
+        (GB10, "lm_head", True, False),
+        (GB10, "off", False, False),
+        (replace(SPARK, kernels=Presence.OTHER_GPU), "", False, False),
+        (replace(SPARK, kernels=Presence.OTHER_GPU), "force", True, True),
+    ],
+)
+def test_our_kernels_are_counted(
+    machine: Machine, switches: str, screened: bool, coded: bool
+) -> None:
+    """A screened head is a line where the plugin switches it on; what bf16x gives back is named and not counted."""
+    profile = PROFILE.model_copy(update={"environment": {"SPARK_KERNELS": switches}})
+    ledger = account(profile, machine, BF16_HEAD)
+    expected = screened_head_bytes(151936, 4096) if screened else 0
+    assert size(ledger, "screened LM head") == expected
+    assert ledger.need_bytes - expected == account(PROFILE, SPARK, BF16_HEAD).need_bytes
+    assert ("bf16x gives back about 1.0 GiB" in ledger.lines[0].source) == coded
+
+
+def test_head_that_is_quantised_is_not_screened() -> None:
+    """A head of fewer than 16 bits a weight stays as it is; a tied one is screened on the embedding's rows."""
+    half = Weights(((Part.BODY, 16 * GIB), (Part.LM_HEAD, 151936 * 4096)))
+    assert size(account(PROFILE, GB10, replace(MODEL, weights=half)), "screened LM head") == 0
+    tied = replace(
+        BF16_HEAD,
+        architecture=replace(DENSE, tied_embeddings=True),
+        weights=Weights(((Part.EMBEDDING, 151936 * 4096 * 2),)),
+    )
+    assert size(account(PROFILE, GB10, tied), "screened LM head") > 0
 
 
 def test_two_nodes_share() -> None:
@@ -165,44 +226,75 @@ def test_without_files_the_published_size_counts() -> None:
         account(PROFILE, SPARK, None)
 
 
-KNOWN: dict[str, Architecture] = {
-    # shapes as in the defaults of transformers 5.19.0 for these model types
-    "qwen3-next-80b-a3b-nvfp4": read_architecture(
+def _qwen3(
+    kind: str, layers: int, heads: tuple[int, int, int], hidden: int, **more: int
+) -> Architecture:
+    """Shapes of a Qwen3 model; ``heads``: query heads, KV heads, size."""
+    query, key_value, head = heads
+    return read_architecture(
         {
-            "model_type": "qwen3_next",
-            "num_hidden_layers": 48,
-            "full_attention_interval": 4,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 2,
-            "head_dim": 256,
-            "hidden_size": 2048,
-            "linear_num_key_heads": 16,
-            "linear_num_value_heads": 32,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-            "linear_conv_kernel_dim": 4,
-            "num_experts": 512,
-            "num_experts_per_tok": 10,
-            "moe_intermediate_size": 512,
-            "vocab_size": 151936,
+            "model_type": kind,
+            "num_hidden_layers": layers,
+            "num_attention_heads": query,
+            "num_key_value_heads": key_value,
+            "head_dim": head,
+            "hidden_size": hidden,
+            "dtype": "bfloat16",
+            **more,
         }
-    ),
-    "gpt-oss-120b": read_architecture(
+    )
+
+
+_GDN = {
+    "full_attention_interval": 4,
+    "linear_num_key_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+
+
+def _gpt_oss(layers: int, experts: int) -> Architecture:
+    return read_architecture(
         {
             "model_type": "gpt_oss",
-            "num_hidden_layers": 36,
-            "layer_types": ["sliding_attention", "full_attention"] * 18,
+            "num_hidden_layers": layers,
+            "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
             "sliding_window": 128,
             "num_attention_heads": 64,
             "num_key_value_heads": 8,
             "head_dim": 64,
             "hidden_size": 2880,
             "intermediate_size": 2880,
-            "num_local_experts": 128,
+            "num_local_experts": experts,
             "num_experts_per_tok": 4,
             "vocab_size": 201088,
         }
-    ),
+    )
+
+
+QWEN_27 = _qwen3(
+    "qwen3_5_text", 64, (24, 4, 256), 5120, intermediate_size=17408, vocab_size=248320,
+    linear_num_value_heads=48, **_GDN,
+)  # fmt: skip
+QWEN_35 = _qwen3(
+    "qwen3_5_moe_text", 40, (16, 2, 256), 2048, moe_intermediate_size=512, num_experts=256,
+    num_experts_per_tok=8, vocab_size=248320, linear_num_value_heads=32, mtp_num_hidden_layers=1, **_GDN,
+)  # fmt: skip
+QWEN_80 = _qwen3(
+    "qwen3_next", 48, (16, 2, 256), 2048, moe_intermediate_size=512, num_experts=512,
+    num_experts_per_tok=10, vocab_size=151936, linear_num_value_heads=32, **_GDN,
+)  # fmt: skip
+QWEN_30 = _qwen3(
+    "qwen3_moe", 48, (32, 4, 128), 2048, moe_intermediate_size=768, num_experts=128,
+    num_experts_per_tok=8, vocab_size=151936,
+)  # fmt: skip
+KNOWN: dict[str, Architecture] = {
+    # Shapes: defaults of transformers 5.19.0 for the model type or its named checkpoint; Qwen3.5-27B as in
+    # docs/explanation/kernels.md; Qwen3.6 as Qwen3.5 of the same size; Qwen3-30B-A3B and gpt-oss-20b have the depth
+    # and experts of their model cards (48 of 128; 24 of 32).
+    "gpt-oss-120b": _gpt_oss(36, 128),
+    "gpt-oss-20b": _gpt_oss(24, 32),
     "minimax-m2.7-nvfp4": read_architecture(
         {
             "model_type": "minimax_m2",
@@ -217,14 +309,53 @@ KNOWN: dict[str, Architecture] = {
             "vocab_size": 200064,
         }
     ),
+    "qwen3-30b-a3b-nvfp4": QWEN_30,
+    "qwen3-next-80b-a3b-fp8": QWEN_80,
+    "qwen3-next-80b-a3b-nvfp4": QWEN_80,
+    "qwen3-next-80b-a3b-nvfp4-mtp": QWEN_80,
+    "qwen3-vl-30b-a3b-fp8": QWEN_30,
+    "qwen3.5-27b-nvfp4": QWEN_27,
+    "qwen3.5-27b-nvfp4-eager": QWEN_27,
+    "qwen3.5-27b-nvfp4-tq": QWEN_27,
+    "qwen3.6-27b-nvfp4": QWEN_27,
+    "qwen3.6-35b-a3b-nvfp4": QWEN_35,
 }
+SHIPPED = [
+    name for name in profile_names((shipped_folder(),)) if name != "demo"
+]  # which tests/e2e runs
+COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "sixteen")
+
+
+def _smallest(profile: Profile) -> Machine:
+    """The smallest machine that the profile is for, idle."""
+    return fit.machine(Settings(), f"{profile.memory.minimum_gb}G")
 
 
 @pytest.mark.parametrize("name", KNOWN)
-def test_shipped_cache_holds_its_context(name: str) -> None:
-    """A shipped profile's KV cache holds at least one sequence of its whole context."""
+def test_shipped_cache_holds_what_its_profile_says(name: str) -> None:
+    """A shipped profile's KV cache holds a whole context, as often as the comment beside it promises."""
     profile = load_profile(name, (shipped_folder(),))
     model = Model(KNOWN[name], Weights(((Part.BODY, profile.memory.weights_bytes or GIB),)))
-    ledger = account(profile, SPARK, model)
-    assert ledger.sequences >= 1
-    assert ledger.fits_machine
+    ledger = account(profile, _smallest(profile), model)
+    text = (shipped_folder() / f"{name}.toml").read_text()
+    promised = re.search(r"kv_cache_bytes = .*?(\w+) sequences? of the whole context", text)
+    least = 1
+    if promised:
+        least = next(
+            n for word, n in zip(COUNTS, (*range(1, 9), 16), strict=True) if word == promised[1]
+        )
+    assert ledger.sequences >= least
+    assert ledger.fits_now
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_profile_fits_its_smallest_machine(name: str) -> None:
+    """By its own figures a profile fits the machine it is for; without a figure, a third of that is left for weights."""
+    profile = load_profile(name, (shipped_folder(),))
+    machine = _smallest(profile)
+    assert profile.memory.minimum_gb in {64, 128}
+    if profile.memory.weights_bytes:
+        assert account(profile, machine, None).fits_now
+    else:
+        unknown = Memory(weights_bytes=machine.total * profile.nodes // 3, weights_source="a guess")
+        assert account(profile.model_copy(update={"memory": unknown}), machine, None).fits_now

@@ -13,6 +13,7 @@ from spark_llm.config import Settings
 from spark_llm.errors import ConfigError, TryAgainError
 from spark_llm.folders import Folders
 from spark_llm.high_water import HighWater, build_of
+from spark_llm.kernels import Presence
 from spark_llm.ledger import GIB, Ledger, Machine, Measured, Model, account, kv_cache_bytes_for
 from spark_llm.prepare import engine_python
 from spark_llm.profile import Profile
@@ -192,5 +193,8 @@ _VISIBLE = 0.95
 
 def machine(settings: Settings, memory: str | None) -> Machine:
     """This machine, or an idle one sold with ``memory``, e.g. ``64G``."""
-    total = int(parse_size(memory) * _VISIBLE) if memory else 0
-    return host.machine(reserve_bytes=settings.memory.reserve_bytes, total_bytes=total)
+    reserve = settings.memory.reserve_bytes
+    if memory:  # a Spark, with the engine of this release
+        total = int(parse_size(memory) * _VISIBLE)
+        return host.machine(reserve_bytes=reserve, total_bytes=total, kernels=Presence.GB10)
+    return host.machine(reserve_bytes=reserve, kernels=host.kernels_of(engine_python(settings)))

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from spark_llm.guard import parse_meminfo
+from spark_llm.kernels import Presence
 from spark_llm.ledger import Machine
 from spark_llm.store.hashing import drop_pages
 
@@ -18,12 +19,19 @@ have been published."""
 _ROOT = Path("/")
 
 
-def machine(*, reserve_bytes: int = 0, total_bytes: int = 0, proc: Path = Path("/proc")) -> Machine:
+def machine(
+    *,
+    reserve_bytes: int = 0,
+    total_bytes: int = 0,
+    kernels: Presence = Presence.NONE,
+    proc: Path = Path("/proc"),
+) -> Machine:
     """This machine's memory, for the ledger and the start gate.
 
     Args:
         reserve_bytes: kept for the host; 0 takes :func:`default_reserve`.
         total_bytes: imagine an idle machine of this size instead; 0 for the real one.
+        kernels: whether its engine has ours, see :func:`kernels_of`.
         proc: stands in for /proc in tests.
     """
     if total_bytes:
@@ -31,7 +39,14 @@ def machine(*, reserve_bytes: int = 0, total_bytes: int = 0, proc: Path = Path("
     else:
         fields = parse_meminfo((proc / "meminfo").read_bytes())
         total, available = fields["MemTotal"], fields["MemAvailable"]
-    return Machine(total, available, reserve_bytes or default_reserve(total))
+    return Machine(total, available, reserve_bytes or default_reserve(total), kernels)
+
+
+def kernels_of(python: Path, root: Path = _ROOT) -> Presence:
+    """Whether the engine that ``python`` runs has our kernels, and a GPU that they are for."""
+    if not any((python.parent.parent / "lib").glob("python3*/site-packages/spark_kernels*")):
+        return Presence.NONE
+    return Presence.GB10 if "GB10" in gpu_name(root) else Presence.OTHER_GPU
 
 
 def default_reserve(total: int) -> int:

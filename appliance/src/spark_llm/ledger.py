@@ -11,12 +11,13 @@ from functools import cache
 from importlib.resources import files
 from math import ceil
 
-from spark_llm import kv_cache
+from spark_llm import kernels, kv_cache
 from spark_llm.architecture import DTYPE_BYTES, Architecture
 from spark_llm.errors import ConfigError
+from spark_llm.kernels import Presence
 from spark_llm.profile import Engine, Profile
 from spark_llm.reason import Reason
-from spark_llm.weights import Weights
+from spark_llm.weights import Part, Weights
 
 GIB = 2**30
 
@@ -62,11 +63,13 @@ class Machine:
         total: ``MemTotal``.
         available: ``MemAvailable`` now; equal to ``total`` for a machine that is only imagined.
         reserve: kept for the host.
+        kernels: whether its engine has our kernels.
     """
 
     total: int
     available: int
     reserve: int
+    kernels: Presence = Presence.NONE
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,8 @@ def account(
     if model is not None:
         layout = kv_cache.layout(model.architecture, cache_options(profile), model.draft)
         _check_cache(profile, layout)
-    weights = _weights(profile, model, extra)
+    ours = _kernels(profile, machine)
+    weights = _weights(profile, model, extra, ours)
     cache = Line("KV cache", profile.kv_cache_bytes, "the profile's kv_cache_bytes")
     known = (*weights, cache)
     estimated = (
@@ -175,11 +179,14 @@ def account(
         Line("CUDA graphs", 0 if profile.eager else extra.graph_bytes, extra.graph_source),
         Line("runtime", extra.runtime_bytes, extra.runtime_source),
         Line("shared memory", extra.shared_bytes * profile.nodes, extra.shared_source),
+        Line("screened LM head", _screened(profile, model, ours), _SCREENED_SOURCE),
     )
     # The weights' lines are rounded up by the load factor; what the headers say is the least there can be.
     least = int(_total(weights) / extra.load_factor) + cache.size
     beside: tuple[Line, ...] = estimated
     notes: tuple[str, ...] = ()
+    if model is None and measured is None:
+        notes = ("the model's layers are not known: activations are not counted",)
     if measured is not None and measured.size < least:
         notes = (_not_believed(measured, least),)
     elif measured is not None:
@@ -299,7 +306,38 @@ def _check_cache(profile: Profile, layout: kv_cache.Layout) -> None:
         )
 
 
-def _weights(profile: Profile, model: Model | None, extra: Overhead) -> list[Line]:
+def _kernels(profile: Profile, machine: Machine) -> frozenset[str]:
+    if profile.engine is Engine.CPU:
+        return frozenset()
+    return kernels.active(machine.kernels, profile.environment.get(kernels.VARIABLE, ""))
+
+
+_SCREENED_SOURCE = (
+    f"INT8 copy and bounds beside the BF16 head; {kernels.VARIABLE}=-lm_head is without"
+)
+
+
+def _screened(profile: Profile, model: Model | None, ours: frozenset[str]) -> int:
+    """What screening takes for the model's head and a draft's own; nothing for one that is quantised."""
+    if model is None or kernels.LM_HEAD not in ours:
+        return 0
+    heads = [(model.architecture, model.weights)]
+    if model.draft and model.draft_weights:
+        heads.append((model.draft, model.draft_weights))
+    total = 0
+    for architecture, weights in heads:
+        plain = architecture.vocabulary * architecture.hidden * DTYPE_BYTES["bfloat16"]
+        tied = architecture.tied_embeddings or not weights.size(Part.LM_HEAD)
+        head = weights.size(Part.EMBEDDING if tied else Part.LM_HEAD)
+        if head >= plain and architecture.dtype == "bfloat16":
+            rows = ceil(architecture.vocabulary / profile.nodes)
+            total += kernels.screened_head_bytes(rows, architecture.hidden)
+    return total
+
+
+def _weights(
+    profile: Profile, model: Model | None, extra: Overhead, ours: frozenset[str]
+) -> list[Line]:
     if model is None:
         if not profile.memory.weights_bytes:
             raise ConfigError(
@@ -313,7 +351,12 @@ def _weights(profile: Profile, model: Model | None, extra: Overhead) -> list[Lin
     loaded = model.weights.loaded(
         draft=bool(speculative and speculative.in_model), tied=model.architecture.tied_embeddings
     )
-    lines = [Line("weights", _held(loaded, profile, extra), "safetensors headers + 2 %")]
+    source = "safetensors headers + 2 %"
+    if kernels.BF16X in ours and model.weights.coded:
+        # All weights lie there plain before the first is coded, so what coding gives back lowers no peak of the load.
+        back = int(model.weights.coded * (1 - kernels.CODED_SHARE) / profile.nodes)
+        source += f"; bf16x gives back about {_gib(back)} after the load, not counted"
+    lines = [Line("weights", _held(loaded, profile, extra), source)]
     if model.draft_weights and model.draft:
         tied = model.draft.tied_embeddings
         own = model.draft_weights.loaded(draft=True, tied=tied)

@@ -166,6 +166,7 @@ class Preparation:
     ) -> ledger.Ledger:
         """Wait until the ledger's need is really available, and have it promised; refuse what can never fit."""
         memory = self._settings.memory
+        kernels = host.kernels_of(engine_python(self._settings))
         measured, word = HighWater(self._folders.high_water).recall(profile, build)
         if word:
             log.warning("%s", word)
@@ -177,7 +178,7 @@ class Preparation:
                 self._show_waiting(Reason.MEMORY, "the first model has its memory first")
                 await asyncio.sleep(_GATE_POLL_S)
                 continue
-            machine = host.machine(reserve_bytes=memory.reserve_bytes)
+            machine = host.machine(reserve_bytes=memory.reserve_bytes, kernels=kernels)
             account = ledger.account(profile, machine, facts, measured)
             verdict = gate.decide(
                 gate.GateFacts(

@@ -8,6 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from spark_llm import kernels
 from spark_llm.errors import SparkLlmError
 from spark_llm.reason import Reason
 
@@ -57,9 +58,10 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes per part of one checkpoint."""
+    """Bytes per part of one checkpoint. Attributes: coded: of all of it, what bf16x would code, in bytes."""
 
     parts: tuple[tuple[Part, int], ...]
+    coded: int = 0
 
     def size(self, part: Part) -> int:
         """Bytes of one part; 0 where there is none."""
@@ -86,9 +88,11 @@ def part_of(name: str) -> Part:
 def sum_up(tensors: Iterable[Tensor]) -> Weights:
     """Weights from all tensors of a checkpoint."""
     sizes = dict.fromkeys(Part, 0)
+    coded = 0
     for tensor in tensors:
         sizes[part_of(tensor.name)] += tensor.size
-    return Weights(tuple(sizes.items()))
+        coded += tensor.size if kernels.is_coded(tensor.name, tensor.dtype) else 0
+    return Weights(tuple(sizes.items()), coded)
 
 
 def read_folder(folder: Path) -> Weights:
