@@ -30,6 +30,7 @@ def without_driver(packaged: Container) -> Iterator[Container]:
     """A machine that has neither the driver nor the link farm."""
     yield packaged
     packaged.systemctl("stop", UNIT)
+    packaged.systemctl("reset-failed")
     packaged.run("sh", "-c", f"rm -rf {FARM} /run/current-system /run/systemd/system/{UNIT}.d")
     packaged.systemctl("daemon-reload")
 

@@ -6,6 +6,7 @@ import pytest
 from container import TREE, Container, container_or_reason
 
 PROFILE = "/nix/var/nix/profiles/spark-llm"
+COMMAND = "/usr/local/bin/spark-llm"
 BAD_CANARY = 'extends = "demo"\n\n[canary]\npattern = "^no model says this$"\n'
 
 
@@ -31,6 +32,7 @@ def test_life_of_an_installation(nix: Container) -> None:
     assert plan.splitlines() == done.splitlines()[: len(plan.splitlines())]
     assert nix.run("readlink", "-f", PROFILE).stdout.strip() == first
     assert nix.run(f"{first}/bin/spark-llm", "install").stdout.strip() == "nothing to do"
+    assert "spark-llm" in nix.run(COMMAND, "--version").stdout
     for user in ("spark-llm", "spark-llm-fetch"):
         assert nix.run("id", "-gn", user).stdout.strip() == "spark-llm"
     assert "video" in nix.run("id", "-Gn", "spark-llm").stdout
@@ -56,12 +58,12 @@ def test_life_of_an_installation(nix: Container) -> None:
     assert _serving(nix) == first
 
     nix.write("/var/lib/spark-llm/models/kept", "weights")
-    said = nix.run(f"{first}/bin/spark-llm", "uninstall").stdout
+    said = nix.run(COMMAND, "uninstall").stdout
     assert "left: /var/lib/spark-llm /etc/spark-llm" in said
     assert nix.run("cat", "/var/lib/spark-llm/models/kept").stdout == "weights"
     assert nix.run("ls", "/etc/spark-llm/config.toml").returncode == 0
     assert nix.show("spark-llm.service", "LoadState")["LoadState"] == "not-found"
-    gone = ("/var/cache/spark-llm", PROFILE, "/etc/sysusers.d/spark-llm.conf")
+    gone = ("/var/cache/spark-llm", PROFILE, "/etc/sysusers.d/spark-llm.conf", COMMAND)
     assert [path for path in gone if nix.run("test", "-e", path, check=False).returncode == 0] == []
     assert nix.http("/livez")[0] == 0
     assert "nothing to do" in nix.run(f"{first}/bin/spark-llm", "uninstall").stdout

@@ -20,6 +20,9 @@ UNITS = Path("etc/systemd/system")
 CONFIG = Path("etc/spark-llm/config.toml")
 SYSUSERS = Path("etc/sysusers.d/spark-llm.conf")
 TMPFILES = Path("etc/tmpfiles.d/spark-llm.conf")
+COMMAND = Path("usr/local/bin/spark-llm")
+"""sudo's PATH has this folder, and no Nix profile."""
+_SHELL = "#!/bin/sh\n"
 GROUPS = ("video", "render", "rdma")
 """Groups whose devices the engine uses, where the machine has them."""
 NOTIFY_RELOAD_SINCE = 253
@@ -108,6 +111,8 @@ def wanted(site: Site, templates: Path | None = None) -> dict[Path, str]:
     members = "".join(f"m spark-llm {group}\n" for group in site.groups)
     files[SYSUSERS] = MARK + (folder / "sysusers.conf").read_text(encoding="utf-8") + members
     files[TMPFILES] = MARK + (folder / "tmpfiles.conf").read_text(encoding="utf-8")
+    if site.bin != Path("/") / COMMAND.parent:
+        files[COMMAND] = f'{_SHELL}{MARK}exec {site.bin}/spark-llm "$@"\n'
     return files
 
 
@@ -122,7 +127,7 @@ def compare(root: Path, files: Mapping[Path, str]) -> list[Change]:
         present = _read(root / path)
         if present == text:
             continue
-        if present is not None and not present.startswith(MARK):
+        if present is not None and not _ours(present):
             raise RefusedError(
                 f"{root / path} exists and was not written by spark-llm",
                 reason=Reason.BAD_CONFIG,
@@ -140,18 +145,14 @@ def leftovers(root: Path, files: Mapping[Path, str]) -> list[Change]:
     return [
         Change(path.relative_to(root), None, new=False)
         for path in (sorted(folder.glob("spark-llm*")) if folder.is_dir() else ())
-        if path.is_file()
-        and path.relative_to(root) not in files
-        and (_read(path) or "").startswith(MARK)
+        if path.is_file() and path.relative_to(root) not in files and _ours(_read(path))
     ]
 
 
 def removal(root: Path) -> list[Change]:
     """What an uninstallation removes: everything that carries our mark."""
-    ours = [Change(path, None, new=False) for path in (SYSUSERS, TMPFILES)]
-    return leftovers(root, {}) + [
-        change for change in ours if (_read(root / change.path) or "").startswith(MARK)
-    ]
+    ours = [Change(path, None, new=False) for path in (SYSUSERS, TMPFILES, COMMAND)]
+    return leftovers(root, {}) + [change for change in ours if _ours(_read(root / change.path))]
 
 
 def apply(root: Path, changes: list[Change]) -> None:
@@ -169,7 +170,7 @@ def apply(root: Path, changes: list[Change]) -> None:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             temporary = path.with_name(f".{path.name}.new")
             temporary.write_text(change.text, encoding="utf-8")
-            temporary.chmod(0o644)
+            temporary.chmod(0o755 if change.text.startswith(_SHELL) else 0o644)
             temporary.replace(path)
         except OSError as error:
             raise ConfigError(
@@ -200,9 +201,13 @@ def listen_on(host: str, port: int) -> tuple[str, str]:
     return f"{address}:{port}", "localhost" if local else "any"
 
 
+def _ours(text: str | None) -> bool:
+    return (text or "").removeprefix(_SHELL).startswith(MARK)
+
+
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors="replace")  # another's may be any program
     except FileNotFoundError:
         return None
     except OSError as error:
