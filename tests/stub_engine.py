@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from aiohttp import web
@@ -36,7 +37,8 @@ class Stub:
         aborted: set when a client's connection was closed before its answer ended.
         proceed: streams named ``held`` wait for it after their first event.
         flooded: events of 60 kB that ``flood`` has written so far, of ``FLOOD_EVENTS``.
-        iterations: of the fake scheduler; does not move while ``frozen``.
+        iterations: of the fake scheduler; does not move while ``frozen``, once a second while ``crawling``.
+        started: when it began, on the monotonic clock.
     """
 
     def __init__(self, fault: str = "") -> None:
@@ -48,6 +50,7 @@ class Stub:
         self.proceed = asyncio.Event()
         self.flooded = 0
         self.iterations = 0
+        self.started = time.monotonic()
         self.app = web.Application(client_max_size=2**30)
         self.app.router.add_get("/health", self._health)
         self.app.router.add_get("/metrics", self._metrics)
@@ -72,9 +75,11 @@ class Stub:
         return web.json_response({"object": "list", "data": [{"id": "demo", "object": "model"}]})
 
     async def _metrics(self, _: web.Request) -> web.Response:
-        if self.fault != "frozen":
+        if self.fault == "crawling":
+            self.iterations = int(time.monotonic() - self.started)
+        elif self.fault != "frozen":
             self.iterations += 1
-        running = max(self.running, 1 if self.fault == "frozen" else 0)
+        running = max(self.running, 1 if self.fault in {"frozen", "crawling"} else 0)
         return web.Response(
             text=f'vllm:num_requests_running{{engine="0"}} {running}.0\n'
             f'vllm:iteration_tokens_total_count{{engine="0"}} {self.iterations}.0\n'

@@ -1,12 +1,18 @@
 """From an empty machine to ready, and what stands in the way: hub, disk, memory. Only the engine is a stub."""
 
+import subprocess
+import sys
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from spark_llm import host
 from spark_llm.demo_model import write_demo_model
+from spark_llm.ledger import account
+from spark_llm.model_facts import local_model
+from spark_llm.profile import parse_profile
 
 from tests.appliance.service import STUB_PROFILE, Service, environment, service, stub_python
 from tests.hub.server import LocalHub, local_hub
@@ -110,6 +116,29 @@ def test_model_that_cannot_fit_is_refused_with_the_ledger(short_path: Path) -> N
     assert status["reason"] == "does_not_fit"
     assert "GiB" in status["message"]
     assert "spark-llm fit" in status["hint"]
+
+
+def test_memory_that_returns_is_waited_for(short_path: Path) -> None:
+    """With another program in the way the start waits and says what is short; once that has ended, it goes on."""
+    held = 1.5 * 2**30
+    code = f"held = bytearray({int(held)}); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as hog:
+        assert hog.stdout is not None
+        hog.stdout.readline()
+        profile = parse_profile("far", STUB_PROFILE.format(fault=""), "the test")
+        need = account(profile, host.machine(), local_model(profile, short_path)).need_bytes
+        reserve = host.machine().available - need + int(held / 2)
+        with _serving(
+            short_path, model="demo", SPARK_LLM_MEMORY__RESERVE_BYTES=str(reserve)
+        ) as running:
+            status = running.wait_state("waiting_memory", timeout_s=30)
+            assert status["reason"] == "memory"
+            assert "short" in status["message"]
+            assert status["engine_pid"] is None
+            hog.communicate()
+            running.wait_state("ready", timeout_s=60)
 
 
 def test_soft_floor_closes_the_door(short_path: Path) -> None:

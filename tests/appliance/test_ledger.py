@@ -350,7 +350,7 @@ def test_shipped_cache_holds_what_its_profile_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_profile_fits_its_smallest_machine(name: str) -> None:
-    """By its own figures a profile fits the machine it is for; without a figure, a third of that is left for weights."""
+    """By its own figures a profile fits the machine it is for; without one, a third of that is left for weights."""
     profile = load_profile(name, (shipped_folder(),))
     machine = _smallest(profile)
     assert profile.memory.minimum_gb in {64, 128}

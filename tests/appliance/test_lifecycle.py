@@ -1,6 +1,7 @@
 """Start, fail, drain and stop, with the real command and a stub engine that shows the fault."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ from tests.appliance.service import (
     Service,
     environment,
     processes_below,
+    processes_of,
     service,
     stub_python,
     stub_service,
@@ -24,6 +26,8 @@ from tests.appliance.service import (
 )
 
 CHAT = "/v1/chat/completions"
+CRAWLED = 12
+"""Steps of an engine that makes one a second: four freeze timeouts."""
 
 
 def _no_process_left(folder: Path) -> None:
@@ -228,10 +232,32 @@ def test_wrong_canary_is_never_ready(short_path: Path) -> None:
 
 
 def test_frozen_scheduler_is_restarted(short_path: Path) -> None:
-    """Requests that run while the iteration counter stands still mean a restart."""
+    """Requests that run while the iteration counter stands still mean a new engine, and the old one is gone."""
     with stub_service(short_path, "frozen", SPARK_LLM_ENGINE__FREEZE_TIMEOUT_S="1") as running:
         running.listening()
+        first = running.wait_state("ready")
         running.wait_log(r"\(engine_stalled\)")
+        wait_for(lambda: running.status()["run_id"] not in {"", first["run_id"]}, 30, running.text)
+        assert first["engine_pid"] not in {running.status()["engine_pid"], None}
+        assert processes_of(first["engine_pid"]) == []
+
+
+def test_long_prefill_is_not_restarted(short_path: Path) -> None:
+    """An engine whose counter moves once in many readings works, however much longer than the freeze timeout."""
+    with stub_service(short_path, "crawling", SPARK_LLM_ENGINE__FREEZE_TIMEOUT_S="3") as running:
+        running.listening()
+        first = running.wait_state("ready")
+
+        def steps() -> int:
+            found = re.search(
+                r"iteration_tokens_total_count\{[^}]*\} (\d+)", running.get("/metrics")[1]
+            )
+            assert found is not None
+            return int(found[1])
+
+        wait_for(lambda: steps() >= CRAWLED, 90, running.text)
+        assert running.status()["run_id"] == first["run_id"]
+        assert "engine_stalled" not in running.text()
 
 
 def test_stale_socket_does_not_block_a_start(short_path: Path) -> None:
