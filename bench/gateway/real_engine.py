@@ -2,8 +2,9 @@
 
     python bench/gateway/real_engine.py --rounds 3 --out bench/gateway/results/real-engine
 
-Starts `spark-llm serve` with the demo model, and nginx before the same engine's Unix socket: what nginx loses, a hop
-costs by itself. Needs cc, nginx, `spark-llm` on PATH and the embedded engine (`make engine`).
+Starts `spark-llm serve` with the demo model, nginx before the same engine's Unix socket (what it loses, a hop costs by
+itself), and a second engine, alike, that listens on TCP, as one runs it without a gateway. Whoever is not under load is
+idle. Needs cc, nginx, `spark-llm` on PATH and the embedded engine (`make engine`).
 """
 
 import argparse
@@ -22,9 +23,15 @@ from pathlib import Path
 import report
 import targets
 from report import Row
+from spark_llm import argv
+from spark_llm.demo_model import write_demo_model
+from spark_llm.profile import load_profile, shipped_folder
 
 READY_TIMEOUT_S = 300.0
-WAYS = ("direct", "nginx", "spark-llm")
+NO_HOP = -1
+"""In place of a session whose CPU time is to be counted."""
+ENGINE_PYTHON = Path(__file__).parents[2] / ".venv-engine" / "bin" / "python"
+WAYS = ("direct", "direct, Unix socket", "nginx", "spark-llm")
 CASES = {
     "64 streams of 64 tokens": ("--clients", "64", "--max-tokens", "64", "--warm-up", "4"),
     "1 client, 8 tokens": ("--clients", "1", "--max-tokens", "8", "--warm-up", "1"),
@@ -59,12 +66,50 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _ways(folder: Path) -> Iterator[list[targets.Target]]:
-    """The ways to one engine, which all are open at once."""
+    """All ways, open at once."""
     targets.compile_tools(folder)
-    with _served(folder) as ours:
-        engine = next(Path(folder, "run").glob("*.sock"))
-        with targets.nginx_before(folder, engine, core=None) as nginx:
-            yield [targets.Target("direct", ("--uds", str(engine)), -1), nginx, ours]
+    with _served(folder) as ours, _engine_on_tcp(folder) as port:
+        socket = next(Path(folder, "run").glob("*.sock"))
+        with targets.nginx_before(folder, socket, core=None) as nginx:
+            yield [
+                targets.Target("direct", ("--port", str(port)), NO_HOP),
+                targets.Target("direct, Unix socket", ("--uds", str(socket)), NO_HOP),
+                nginx,
+                ours,
+            ]
+
+
+@contextlib.contextmanager
+def _engine_on_tcp(folder: Path) -> Iterator[int]:
+    """Port of an engine that was started as the service starts its own, but for its address."""
+    port = targets.free_port()
+    model = folder / "model"
+    write_demo_model(model)
+    command = argv.build(
+        load_profile("demo", (shipped_folder(),)),
+        python=ENGINE_PYTHON,
+        model=model,
+        socket=Path("replaced"),
+        home=folder,
+        shutdown_timeout_s=1,
+        inherited=os.environ,
+        caches={},
+    )
+    where = command.args.index("--uds")
+    address = ("--host", "127.0.0.1", "--port", str(port))
+    with (folder / "engine.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command.args[:where], *address, *command.args[where + 2 :]],
+            env=command.environment | {"TMPDIR": str(folder)},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        _await_ready(process, f"http://127.0.0.1:{port}/health", folder / "engine.log")
+        yield port
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
 
 
 @contextlib.contextmanager
@@ -84,20 +129,24 @@ def _served(folder: Path) -> Iterator[targets.Target]:
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        while not _ready(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit((folder / "serve.log").read_text(errors="replace")[-4000:])
-            time.sleep(0.5)
+        _await_ready(process, f"http://127.0.0.1:{port}/readyz", folder / "serve.log")
         yield targets.Target("spark-llm", ("--port", str(port)), process.pid)
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
 
 
-def _ready(port: int) -> bool:
+def _await_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while not _ready(url):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit(log.read_text(errors="replace")[-4000:])
+        time.sleep(0.5)
+
+
+def _ready(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
+        with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  http on loopback
             return bool(answer.status == 200)  # noqa: PLR2004  HTTP
     except (urllib.error.URLError, OSError):
         return False
