@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import IO, Any
 
 import httpx2
+import patches_wheel as wheels
 import pytest
 from spark_llm.demo_model import write_demo_model
-
-from tests.nix import patches_wheel as wheels
 
 ENGINE_PYTHON = wheels.REPO / ".venv-engine/bin/python"
 SEED_TABLE = wheels.REPO / "docs/explanation/seed-patches.md"
