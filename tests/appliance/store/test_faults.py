@@ -89,7 +89,7 @@ CASES = [
         fetched=2,
         continued=True,
     ),
-    Case("Xet transfer hangs", {"kind": "xet_stall"}, request={"stall_timeout_s": 2}, fetched=1),
+    Case("Xet transfer hangs", {"kind": "xet_stall"}, request={"stall_timeout_s": 5}, fetched=1),
     Case("slow trickle", {"kind": "trickle"}, fetched=1),
     Case("wrong bytes of the right length, once", {"kind": "corrupt"}, fetched=2),
     Case(
