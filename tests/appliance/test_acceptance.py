@@ -69,6 +69,29 @@ def test_cold_start_without_a_model(short_path: Path, hub: LocalHub) -> None:
     assert len(hub.downloads("model.safetensors")) == before
 
 
+def test_model_that_another_process_fetches_is_served(short_path: Path, hub: LocalHub) -> None:
+    """A service that may not fetch says so, and starts by itself once somebody else has brought the model."""
+    with _serving(short_path, hub.endpoint, HF_HUB_OFFLINE="1") as running:
+        status = running.wait_state("blocked", "failed", "ready")
+        assert (status["state"], status["reason"]) == ("blocked", "model_missing")
+        assert "spark-llm-fetch@" in status["hint"]
+        done = subprocess.run(
+            [sys.executable, "-m", "spark_llm.cli", "pull", MODEL],
+            env=environment(
+                short_path,
+                SPARK_LLM_STORE__ENDPOINT=hub.endpoint,
+                SPARK_LLM_STORE__RESERVE_BYTES="0",
+            ),
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        running.wait_state("ready", timeout_s=60)
+        assert running.post(CHAT, {"model": "default"})[0] == 200
+
+
 def test_phases_of_a_fetch_are_events(short_path: Path, hub: LocalHub) -> None:
     """The states of a cold start are events, in order; a megabyte is verified between two reports or is reported."""
     with _serving(short_path, hub.endpoint) as running:

@@ -326,6 +326,7 @@ class Controller:
         try:
             while not stop.done():
                 self._tick_if_idle()
+                await self.primary.start_if_model_came()
                 await asyncio.wait((stop,), timeout=_TICK_S)
             self.ended = self.primary.state
         finally:

@@ -330,6 +330,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _arguments(argv)
     # The controller's ^C or stop is not the guard's: it goes when the engine goes.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.sched_getscheduler(0) == os.SCHED_BATCH:  # the controller's, who may wait for a core
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     meters = Meters(arguments.proc)
     total = parse_meminfo((arguments.proc / "meminfo").read_bytes())["MemTotal"]
     default = floors_for(total)

@@ -73,6 +73,7 @@ class Keeper:
         self.queue = queue
         self.run: EngineRun | None = None
         self.used_at = time.monotonic()
+        self._lacked = 0
         self.admitted = asyncio.Event()
         self.settled = asyncio.Event()
         self.waiting_to_load = 0
@@ -151,8 +152,18 @@ class Keeper:
         return policy.readiness(facts, self._rules())
 
     def start(self) -> None:
-        """Begin; progress is on the board."""
+        """Begin, or begin anew after the end; progress is on the board."""
+        self.admitted.clear()
+        self.settled.clear()
         self._work = asyncio.create_task(self._keep_running(), name=f"keeper-{self.profile.name}")
+
+    async def start_if_model_came(self) -> None:
+        """Begin anew if it was blocked for want of a model and another process has brought one since."""
+        now = self.board.now
+        if (now.state, now.reason) != (State.BLOCKED, Reason.MODEL_MISSING) or self.working:
+            return
+        if await asyncio.to_thread(self._preparation.lacking, self.profile) < self._lacked:
+            self.start()
 
     async def drain(self, hurry: asyncio.Event, reason: Reason, message: str) -> None:
         """Stop admitting, let running requests end within the drain timeout, cut those that do not."""
@@ -238,6 +249,7 @@ class Keeper:
                         break
         except SparkLlmError as error:
             log.error("%s %s", error.message, error.hint)  # noqa: TRY400  for a person, no traceback
+            self._lacked = await asyncio.to_thread(self._preparation.lacking, self.profile)
             self.board.enter(State.BLOCKED, error.reason, error.message, hint=error.hint)
         except Exception as error:
             # A fault of ours: say so everywhere instead of standing still without a word.

@@ -119,6 +119,17 @@ class Preparation:
         await asyncio.to_thread(host.drop_page_cache, model)
         return await self._command(profile, model, draft, facts, account, build, holding)
 
+    def lacking(self, profile: Profile) -> int:
+        """How many of the hub's models that ``profile`` names the store lacks; a folder may still be being copied."""
+        named = [(profile.model, profile.revision)]
+        if profile.speculative is not None:
+            named.append((profile.speculative.model, profile.speculative.revision))
+        return sum(
+            _on_hub(model) and self._store.locate(model, revision) is None
+            for model, revision in named
+            if model
+        )
+
     async def _bring(self, model: str, revision: str, holding: ExitStack) -> Path:
         """The folder of a complete, verified model; fetched if the store lacks it."""
         if model == DEMO_MODEL:

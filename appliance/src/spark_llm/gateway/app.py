@@ -19,7 +19,6 @@ from spark_llm.gateway.reply import Reply
 from spark_llm.gateway.upstream import UpstreamError
 from spark_llm.gateway.wire import Headers, error_body
 from spark_llm.reason import Reason
-from spark_llm.status import State
 
 _SCRAPE_TIMEOUT_S = 5.0
 _LOOPBACK = frozenset((b"localhost", b"127.0.0.1", b"[::1]"))
@@ -168,12 +167,10 @@ class Gateway:
         )
 
     async def _metrics_text(self, _: Request) -> Response:
-        now = self._controller.board.now
         own = self._metrics.text(
-            state=State(now.state),
+            self._controller.board.now,
             running=sum(keeper.queue.running for keeper in self._controller.keepers()),
             waiting=sum(keeper.queue.waiting for keeper in self._controller.keepers()),
-            restarts=now.restarts,
         )
         return Response(own + await self._engine_metrics(), media_type="text/plain; version=0.0.4")
 

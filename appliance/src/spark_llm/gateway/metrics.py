@@ -2,7 +2,7 @@
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from spark_llm.status import State
+from spark_llm.status import State, Status
 
 
 class Metrics:
@@ -40,11 +40,30 @@ class Metrics:
             "spark_llm_engine_restarts", "Engine restarts in the window", registry=self.registry
         )
 
-    def text(self, *, state: State, running: int, waiting: int, restarts: int) -> bytes:
-        """One scrape."""
+        self.memory = Gauge(
+            "spark_llm_engine_memory_bytes",
+            "What the engine holds of the machine's memory; 0 if unknown",
+            registry=self.registry,
+        )
+        self.memory_peak = Gauge(
+            "spark_llm_engine_memory_peak_bytes",
+            "The most it has held in this run",
+            registry=self.registry,
+        )
+
+    def text(self, status: Status, *, running: int, waiting: int) -> bytes:
+        """One scrape.
+
+        Args:
+            status: of the first model.
+            running: requests at all engines.
+            waiting: requests in all queues.
+        """
         for known in State:
-            self.state.labels(known).set(known is state)
+            self.state.labels(known).set(known is status.state)
         self.running.set(running)
         self.waiting.set(waiting)
-        self.restarts.set(restarts)
+        self.restarts.set(status.restarts)
+        self.memory.set(status.memory_bytes)
+        self.memory_peak.set(status.memory_peak_bytes)
         return generate_latest(self.registry)

@@ -118,6 +118,7 @@ class Operator:
                 machine,
                 sequences=asked.sequences,
                 widen=asked.context is not None,
+                recall=fit.measurements(settings, folders, imagined=asked.memory is not None),
             )
             return fit.as_json(planned, ledger)
 

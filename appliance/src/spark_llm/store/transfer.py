@@ -196,6 +196,6 @@ def _offline(request: Request) -> RefusedError:
     return RefusedError(
         f"{name} is not in the store, and this process may not fetch it (HF_HUB_OFFLINE)",
         reason=Reason.MODEL_MISSING,
-        hint=f'Fetch it: sudo systemctl start "spark-llm-fetch@$(systemd-escape {name})", then sudo systemctl '
-        "restart spark-llm. In a shell: unset HF_HUB_OFFLINE and pull again.",
+        hint=f'Fetch it: sudo systemctl start "spark-llm-fetch@$(systemd-escape {name})"; spark-llm goes on by itself '
+        "then. In a shell: unset HF_HUB_OFFLINE and pull again.",
     )
