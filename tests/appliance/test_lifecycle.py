@@ -307,19 +307,6 @@ def test_socket_path_too_long(short_path: Path) -> None:
         assert "107" in status["message"]
 
 
-def test_the_controller_yields_to_the_engine(short_path: Path) -> None:
-    """The controller waits for a free core; the engine and its guard, which it starts, do not."""
-    with stub_service(short_path) as running:
-        running.listening()
-        engine = running.wait_state("ready")["engine_pid"]
-        controller = running.process.pid
-        children = Path(f"/proc/{controller}/task/{controller}/children").read_text().split()
-        assert str(engine) in children
-        assert len(children) == 2
-        assert os.sched_getscheduler(controller) == os.SCHED_BATCH
-        assert {os.sched_getscheduler(int(child)) for child in children} == {os.SCHED_OTHER}
-
-
 def test_engine_missing(short_path: Path) -> None:
     """An interpreter that is not there is blocked with its path."""
     with _stub(short_path, SPARK_LLM_ENGINE__PYTHON="/nonexistent/python") as running:

@@ -66,7 +66,6 @@ def serve(
         ConfigError: the address cannot be bound, or is open to the network without keys.
         TryAgainError: another instance uses the same folders.
     """
-    _yield_to_the_engine()
     notifier = notify.connect()
     faulthandler.enable()  # the watchdog ends a stuck controller with SIGABRT: say where it was stuck
     cgroup.divide()
@@ -83,16 +82,6 @@ def serve(
         return runner.run(
             _serve(settings, profile, folders, door, notifier, reread or (lambda: settings))
         )
-
-
-def _yield_to_the_engine() -> None:
-    """Do not interrupt whoever computes when something comes to be passed on: wait for a free core, or for a turn.
-
-    Where all cores are busy, each token would otherwise stop the engine to be passed on alone; so the tokens of a step
-    go together (docs/reference/benchmarks.md has the figures). The engine and its guard go back to the ordinary policy.
-    """
-    with contextlib.suppress(OSError):  # a sandbox that forbids it costs some speed, no more
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 async def _serve(  # noqa: PLR0913, PLR0917  the parts a service is made of

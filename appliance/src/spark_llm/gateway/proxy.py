@@ -7,6 +7,7 @@ lets an answer that the engine cut off be told from a finished one before its by
 import asyncio
 import json
 import logging
+import os
 import re
 import secrets
 import time
@@ -18,6 +19,7 @@ from spark_llm.gateway.metrics import Metrics
 from spark_llm.gateway.protocol import WRITE_EVENT
 from spark_llm.gateway.queue import AdmissionQueue
 from spark_llm.gateway.reply import Reply
+from spark_llm.gateway.scheduling import Scheduling
 from spark_llm.gateway.upstream import Response, Sink, UnreachableError, Upstream, UpstreamError
 from spark_llm.gateway.wire import Headers, aborted, error_body, error_event
 from spark_llm.reason import Reason
@@ -92,6 +94,7 @@ class Proxy:
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
+        self._scheduling = Scheduling(len(os.sched_getaffinity(0)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -178,24 +181,27 @@ class Proxy:
         seat = await self._engines.load(exchange.model)
         seat.upstream()  # no place in the queue while nothing is ready
         async with seat.queue.place(exchange.client_key, exchange.patience_s):
-            upstream = seat.upstream()
-            waiting = time.perf_counter()
-            try:
-                async with upstream.request(
-                    exchange.method, exchange.target, exchange.forwarded_headers(), body
-                ) as response:
-                    if response.content_type == b"text/event-stream":
-                        await self._stream(exchange, response, waiting)
-                    else:
-                        await self._whole(exchange, response, waiting)
-            except UnreachableError as error:
-                raise Reply(
-                    503, Reason.ENGINE_UNREACHABLE, "the engine cannot be reached", retry_after_s=5
-                ) from error
-            except UpstreamError as error:
-                # It died or was killed in the middle of the answer.
-                await exchange.break_off(Reason.ENGINE_EXITED, "the engine broke off")
-                log.warning("the engine broke off: %s", error)
+            with self._scheduling:
+                await self._ask(exchange, seat.upstream(), body)
+
+    async def _ask(self, exchange: "_Exchange", upstream: Upstream, body: bytes) -> None:
+        waiting = time.perf_counter()
+        try:
+            async with upstream.request(
+                exchange.method, exchange.target, exchange.forwarded_headers(), body
+            ) as response:
+                if response.content_type == b"text/event-stream":
+                    await self._stream(exchange, response, waiting)
+                else:
+                    await self._whole(exchange, response, waiting)
+        except UnreachableError as error:
+            raise Reply(
+                503, Reason.ENGINE_UNREACHABLE, "the engine cannot be reached", retry_after_s=5
+            ) from error
+        except UpstreamError as error:
+            # It died or was killed in the middle of the answer.
+            await exchange.break_off(Reason.ENGINE_EXITED, "the engine broke off")
+            log.warning("the engine broke off: %s", error)
 
     async def _whole(self, exchange: "_Exchange", response: Response, waiting: float) -> None:
         body = await response.read()
