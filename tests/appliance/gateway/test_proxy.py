@@ -100,19 +100,46 @@ async def test_disconnect_before_the_answer_frees_the_place(
         await running.queue.idle.wait()
 
 
+async def test_disconnect_in_the_queue_frees_the_place(
+    running: Running, client: aiohttp.ClientSession, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A client that leaves while it waits for a place makes room, and nothing is logged as an error."""
+    held = [asyncio.create_task(client.post(CHAT, json={"model": "held"})) for _ in range(8)]
+    with anyio.fail_after(5):
+        while running.queue.running < 8:
+            await asyncio.sleep(0.01)
+        waits = asyncio.create_task(client.post(CHAT, json={"model": "held"}))
+        while not running.queue.waiting:
+            await asyncio.sleep(0.01)
+        waits.cancel()
+        while running.queue.waiting:
+            await asyncio.sleep(0.01)
+        running.stub.proceed.set()
+        assert [(await answer).status for answer in held] == [200] * 8
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
+async def test_cut_of_a_client_that_does_not_read_ends_when_it_leaves(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cut that cannot be told to a slow client ends when the client leaves, and nothing is logged as an error."""
+    caplog.set_level("INFO", "spark_llm.gateway")
+    writer = await _client_that_does_not_read(running)
+    running.queue.cut()
+    with anyio.fail_after(5):
+        await running.queue.idle.wait()
+        writer.transport.abort()
+        while not any("draining" in record.getMessage() for record in caplog.records):
+            await asyncio.sleep(0.01)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 async def test_slow_client_slows_the_engine(running: Running) -> None:
     """A client that does not read makes the engine wait instead of filling memory."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
-    body = b'{"model":"flood","stream":true}'
-    writer.write(
-        b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
-        % (CHAT.encode(), len(body), body)
-    )
-    await reader.readuntil(b"pad")
-    before = -1
-    while running.stub.flooded != before:
-        before = running.stub.flooded
-        await asyncio.sleep(0.3)
+    writer = await _client_that_does_not_read(running)
+    before = running.stub.flooded
+    await asyncio.sleep(0.3)
+    assert running.stub.flooded == before
     assert 0 < before < FLOOD_EVENTS / 2
     writer.transport.abort()
 
@@ -276,3 +303,19 @@ async def test_engine_that_dies_before_answering_is_a_503(
     async with client.post(CHAT, json={"model": "demo"}) as answer:
         assert answer.status == 503
         assert (await answer.json())["error"]["code"] == "engine_unreachable"
+
+
+async def _client_that_does_not_read(running: Running) -> asyncio.StreamWriter:
+    """A request for more than all buffers hold, once the engine has stopped writing."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+    body = b'{"model":"flood","stream":true}'
+    writer.write(
+        b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+        % (CHAT.encode(), len(body), body)
+    )
+    await reader.readuntil(b"pad")
+    before = -1
+    while running.stub.flooded != before:
+        before = running.stub.flooded
+        await asyncio.sleep(0.3)
+    return writer

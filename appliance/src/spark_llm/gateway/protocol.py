@@ -1,21 +1,37 @@
-"""uvicorn's HTTP protocol with bounds on a request's head, and a short way out for the events of a stream.
+"""uvicorn's HTTP protocol with bounds on a request's head, and two short ways between application and client.
 
 The bounds are its size and the time a client may take to send it. uvicorn 0.54 has neither: with httptools a header of
 any length is collected, and a client that sends a byte a minute holds its connection for ever.
 
-The short way is ``write_event``, which the application finds in the scope under ``WRITE_EVENT``.
+The short ways are those of ``Client``, which the application finds in the scope under ``CLIENT``. ASGI has the same,
+but a stream would wake a task for every event, and need a task of its own that waits for the client to leave.
 """
 
 import asyncio
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from spark_llm.gateway.wire import error_body
 from spark_llm.reason import Reason
 
-WRITE_EVENT = "spark_llm.write_event"
-"""Key of the ASGI scope; its value is a ``Sink``."""
+CLIENT = "spark_llm.client"
+"""Key of the ASGI scope; its value is a ``Client``."""
+
+
+class Client(Protocol):
+    """The connection that a request came on."""
+
+    def write_event(self, data: bytes) -> bool:
+        """Write ``data`` as one chunk of a chunked answer that has begun, without a turn of the event loop.
+
+        False if nothing was written, because the client is slow or gone: ``send`` waits, or finds out.
+        """
+
+    def watched(self, leave: Callable[[], object]) -> AbstractContextManager[None]:
+        """Within the block, call ``leave`` when the client closes the connection, at once if it has done so already."""
 
 
 def bounded_protocol(  # noqa: C901  one class, many small methods
@@ -27,6 +43,8 @@ def bounded_protocol(  # noqa: C901  one class, many small methods
         _head_bytes = 0
         _in_head = True
         _head_timer: asyncio.TimerHandle | None = None
+        _lost = False
+        _leave: Callable[[], object] | None = None
 
         def connection_made(self, transport: Any) -> None:  # noqa: ANN401  as in uvicorn
             super().connection_made(transport)
@@ -35,6 +53,9 @@ def bounded_protocol(  # noqa: C901  one class, many small methods
         def connection_lost(self, exc: Exception | None) -> None:
             self._cancel_head_timer()
             super().connection_lost(exc)
+            self._lost = True
+            if self._leave is not None:
+                self._leave()
 
         def data_received(self, data: bytes) -> None:
             if self._in_head:
@@ -57,17 +78,23 @@ def bounded_protocol(  # noqa: C901  one class, many small methods
             if self._head_timer is None:
                 self._await_head()
             super().on_message_begin()
-            self.scope[WRITE_EVENT] = self.write_event  # type: ignore[literal-required]
+            self.scope[CLIENT] = self  # type: ignore[literal-required]
 
         def write_event(self, data: bytes) -> bool:
-            """Write ``data`` as one chunk of a chunked answer that has begun, without a turn of the event loop.
-
-            False if nothing was written, because the client is slow or gone: ``send`` waits, or finds out.
-            """
             if self.flow.write_paused or self.transport.is_closing():
                 return False
             self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
             return True
+
+        @contextmanager
+        def watched(self, leave: Callable[[], object]) -> Iterator[None]:
+            self._leave = leave  # one at a time: a connection's next request begins when this one has been answered
+            if self._lost:
+                leave()
+            try:
+                yield
+            finally:
+                self._leave = None
 
         def on_headers_complete(self) -> None:
             self._in_head = False

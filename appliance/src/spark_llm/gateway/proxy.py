@@ -16,11 +16,11 @@ from http import HTTPStatus
 from typing import Any, Protocol
 
 from spark_llm.gateway.metrics import Metrics
-from spark_llm.gateway.protocol import WRITE_EVENT
-from spark_llm.gateway.queue import AdmissionQueue
+from spark_llm.gateway.protocol import CLIENT, Client
+from spark_llm.gateway.queue import CUT, AdmissionQueue
 from spark_llm.gateway.reply import Reply
 from spark_llm.gateway.scheduling import Scheduling
-from spark_llm.gateway.upstream import Response, Sink, UnreachableError, Upstream, UpstreamError
+from spark_llm.gateway.upstream import Response, UnreachableError, Upstream, UpstreamError
 from spark_llm.gateway.wire import Headers, aborted, error_body, error_event
 from spark_llm.reason import Reason
 
@@ -49,6 +49,8 @@ _NOT_FORWARDED = _HOP_BY_HOP | frozenset(
 _NOT_RETURNED = _HOP_BY_HOP | frozenset((b"content-length", b"x-request-id"))
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _LARGE_JSON = 256 * 1024
+_GONE = "gone"
+"""Why a request's task is cancelled: its client left."""
 _EMPTY_STREAM = b"data: [DONE]\n\n"
 """All that a draining vLLM may send of a stream, with status 200."""
 
@@ -102,7 +104,7 @@ class Proxy:
         try:
             exchange.check_method()
             body, exchange.model = await self._body(scope, receive)
-            await self._run(exchange, receive, body)
+            await self._run(exchange, body)
         except Reply as reply:
             exchange.reason = reply.reason
             await exchange.refuse(reply)
@@ -158,24 +160,20 @@ class Proxy:
             f"the request's body exceeds {self._max_body_bytes} bytes (gateway.max_body_bytes)",
         )
 
-    async def _run(self, exchange: "_Exchange", receive: Receive, body: bytes) -> None:
+    async def _run(self, exchange: "_Exchange", body: bytes) -> None:
         """Forward, and give up as soon as the client does or the drain cuts."""
-        forward = asyncio.create_task(self._forward(exchange, body))
-        gone = asyncio.create_task(_disconnected(receive))
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101  for the type checker: this is a coroutine
         try:
-            await asyncio.wait((forward, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not forward.done():
-                forward.cancel()
-                await asyncio.wait((forward,))
-            if not forward.cancelled():
-                forward.result()
-            elif gone.done():
-                raise _ClientGone
-            else:
-                await exchange.break_off(Reason.DRAINING, "the service stops; try again later")
-        finally:
-            forward.cancel()
-            gone.cancel()
+            with exchange.client.watched(lambda: task.cancel(_GONE)):
+                await self._forward(exchange, body)
+        except asyncio.CancelledError as cancelled:
+            if cancelled.args not in {(_GONE,), (CUT,)}:
+                raise
+            task.uncancel()
+            if cancelled.args == (_GONE,):
+                raise _ClientGone from None
+            await exchange.break_off(Reason.DRAINING, "the service stops; try again later")
 
     async def _forward(self, exchange: "_Exchange", body: bytes) -> None:
         seat = await self._engines.load(exchange.model)
@@ -237,11 +235,6 @@ class _ClientGone(Exception):  # noqa: N818  not an error: the client left
     pass
 
 
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
 def _aborted() -> Reply:
     return Reply(503, Reason.ABORTED, "the engine aborted the request", retry_after_s=5)
 
@@ -301,7 +294,7 @@ class _Exchange:
         self.status = 0
         self.reason = Reason.OK
         self._send = send
-        self._write_event: Sink = scope[WRITE_EVENT]
+        self.client: Client = scope[CLIENT]
 
     @property
     def patience_s(self) -> float | None:
@@ -339,7 +332,7 @@ class _Exchange:
             self.is_started
             and events.endswith(b"\n\n")
             and not aborted(events)
-            and self._write_event(events)
+            and self.client.write_event(events)
         )
 
     async def send_body(self, data: bytes, *, more: bool) -> None:

@@ -8,6 +8,9 @@ from spark_llm.admission import Admission, Limits, Rejected, Ticket
 from spark_llm.gateway.reply import Reply
 from spark_llm.reason import Reason
 
+CUT = "cut"
+"""Why a request's task is cancelled: the drain's time is up."""
+
 _SENTENCES = {
     Reason.QUEUE_FULL: "the queue is full",
     Reason.DEADLINE: "no place came free in time",
@@ -87,9 +90,9 @@ class AdmissionQueue:
             self._turn_away(ticket, 503, reason, self._admission.retry_after_s(now))
 
     def cut(self) -> None:
-        """Cancel the tasks of all running requests: the drain's time is up."""
+        """Cancel the tasks of all running requests, saying ``CUT``."""
         for holder in self._holders:
-            holder.cancel()
+            holder.cancel(CUT)
 
     def open(self) -> None:
         """Let requests in again."""
