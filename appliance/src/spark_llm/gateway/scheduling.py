@@ -9,7 +9,7 @@ class Scheduling:
 
     A thread of the batch policy interrupts nobody when something comes in: it waits for a free core, or for its turn.
     Where more requests run than there are cores, every token would otherwise stop the engine to be passed on alone, and
-    so the tokens of a step go together: with 64 streams on 2 cores 98 instead of 85 % of a direct connection. A single
+    so the tokens of a step go together: with 64 streams on 2 cores 92 instead of 86 % of a direct connection. A single
     client would wait up to a millisecond longer for it, and gains nothing. Both in docs/reference/benchmarks.md.
 
     Args:
