@@ -1,6 +1,6 @@
 """The service under a real systemd, as far as it does not need the engine.
 
-Over 400 lines because all of it shares one booted container, and a second boot costs half a minute.
+Over 400 lines because all of it shares one installed container and the fixtures that set it up and clean it.
 """
 
 import json
