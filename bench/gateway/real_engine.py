@@ -1,10 +1,11 @@
 """The gateway in front of a real vLLM, beside the same vLLM reached directly and through nginx, in one run.
 
     python bench/gateway/real_engine.py --rounds 3 --out bench/gateway/results/real-engine
+    python bench/gateway/real_engine.py --profile demo-gpu --engine VENV/bin/python  # on a machine with a GPU
 
 Starts `spark-llm serve` with the demo model, nginx before the same engine's Unix socket (what it loses, a hop costs by
 itself), and a second engine, alike, that listens on TCP, as one runs it without a gateway. Whoever is not under load is
-idle. Needs cc, nginx, `spark-llm` on PATH and the embedded engine (`make engine`).
+idle. Needs cc, nginx, `spark-llm` on PATH and an engine (`make engine` makes the embedded one).
 """
 
 import argparse
@@ -25,12 +26,14 @@ import targets
 from report import Row
 from spark_llm import argv
 from spark_llm.demo_model import write_demo_model
-from spark_llm.profile import load_profile, shipped_folder
+from spark_llm.profile import Engine, Profile, load_profile, shipped_folder
 
 READY_TIMEOUT_S = 300.0
 NO_HOP = -1
 """In place of a session whose CPU time is to be counted."""
-ENGINE_PYTHON = Path(__file__).parents[2] / ".venv-engine" / "bin" / "python"
+ENGINE = Path(__file__).parents[2] / ".venv-engine" / "bin" / "python"
+GPU_SHARE = 0.1
+"""Of the GPU that the second engine asks to be free; its KV cache has the profile's size whatever this says."""
 WAYS = ("direct", "direct, Unix socket", "nginx", "spark-llm")
 CASES = {
     "64 streams of 64 tokens": ("--clients", "64", "--max-tokens", "64", "--warm-up", "4"),
@@ -43,10 +46,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--profile", default="demo", choices=("demo", "demo-gpu"))
+    parser.add_argument("--engine", type=Path, default=ENGINE, help="interpreter that has vLLM")
     parser.add_argument("--out", type=Path, help="write OUT.csv and OUT.md")
     options = parser.parse_args()
+    profile = load_profile(options.profile, (shipped_folder(),))
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="bench-") as name, _ways(Path(name)) as ways:
+    with (
+        tempfile.TemporaryDirectory(prefix="bench-") as name,
+        _ways(Path(name), profile, options.engine) as ways,
+    ):
         for number in range(1, options.rounds + 1):
             for case, arguments in CASES.items():
                 # Who comes first changes from round to round, so that a drift favours nobody.
@@ -57,7 +66,7 @@ def main() -> None:
                     print(rows[-1], flush=True)
     report.publish(
         options.out,
-        "vLLM's CPU build, demo model."
+        f"vLLM, profile {profile.name}."
         f" Median of {options.rounds} rounds of {options.seconds:g} s [least to greatest].",
         _table(rows),
         rows,
@@ -65,10 +74,13 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def _ways(folder: Path) -> Iterator[list[targets.Target]]:
+def _ways(folder: Path, profile: Profile, engine: Path) -> Iterator[list[targets.Target]]:
     """All ways, open at once."""
     targets.compile_tools(folder)
-    with _served(folder) as ours, _engine_on_tcp(folder) as port:
+    with (
+        _served(folder, profile, engine) as ours,
+        _engine_on_tcp(folder, profile, engine) as port,
+    ):
         socket = next(Path(folder, "run").glob("*.sock"))
         with targets.nginx_before(folder, socket, core=None) as nginx:
             yield [
@@ -80,20 +92,21 @@ def _ways(folder: Path) -> Iterator[list[targets.Target]]:
 
 
 @contextlib.contextmanager
-def _engine_on_tcp(folder: Path) -> Iterator[int]:
+def _engine_on_tcp(folder: Path, profile: Profile, engine: Path) -> Iterator[int]:
     """Port of an engine that was started as the service starts its own, but for its address."""
     port = targets.free_port()
     model = folder / "model"
     write_demo_model(model)
     command = argv.build(
-        load_profile("demo", (shipped_folder(),)),
-        python=ENGINE_PYTHON,
+        profile,
+        python=engine,
         model=model,
         socket=Path("replaced"),
         home=folder,
         shutdown_timeout_s=1,
         inherited=os.environ,
         caches={},
+        gpu_memory_utilization=GPU_SHARE if profile.engine is Engine.CUDA else None,
     )
     where = command.args.index("--uds")
     address = ("--host", "127.0.0.1", "--port", str(port))
@@ -113,16 +126,16 @@ def _engine_on_tcp(folder: Path) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _served(folder: Path) -> Iterator[targets.Target]:
+def _served(folder: Path, profile: Profile, engine: Path) -> Iterator[targets.Target]:
     """A service that is ready."""
     port = targets.free_port()
-    environment = {
+    environment = {"SPARK_LLM_ENGINE__PYTHON": str(engine)} | {
         f"SPARK_LLM_PATHS__{kind.upper()}": str(folder / {"runtime": "run"}.get(kind, kind))
         for kind in ("state", "cache", "runtime")
     }
     with (folder / "serve.log").open("wb") as log:
         process = subprocess.Popen(
-            ["spark-llm", "serve", "--profile", "demo", "--port", str(port)],
+            ["spark-llm", "serve", "--profile", profile.name, "--port", str(port)],
             env=os.environ | environment,
             stdout=log,
             stderr=subprocess.STDOUT,

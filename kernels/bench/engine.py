@@ -1,7 +1,8 @@
 """The plugin in a real vLLM: the same model with kernels off and on, CUDA graphs on, in one run.
 
-    python engine.py model DIR            # writes a seeded random model of about 5 B parameters
-    python engine.py compare DIR OUT      # one engine process a variant; OUT/engine.json and a table
+    python engine.py model DIR                     # writes a seeded random model of about 5 B parameters
+    python engine.py compare DIR OUT               # one engine process a variant; OUT/engine.json and a table
+    python engine.py compare DIR OUT --compile     # the same with torch.compile, as profiles are served
 
 The model is Qwen3-shaped with BF16 attention and head and NVFP4 (weight-only) MLPs. Its head's rows
 point at a permutation of the embeddings, so that its logits are as peaked as a trained model's: with
@@ -174,7 +175,7 @@ def gpu_busy_s(run: Callable[[], object]) -> float:
     return busy * 1e-6
 
 
-def run_variant(folder: Path, name: str) -> dict[str, Any]:
+def run_variant(folder: Path, name: str, *, compiled: bool) -> dict[str, Any]:
     """Serve the model in this process and measure; SPARK_KERNELS is set by the caller."""
     import torch
 
@@ -192,8 +193,8 @@ def run_variant(folder: Path, name: str) -> dict[str, Any]:
         gpu_memory_utilization=0.6,
         enable_prefix_caching=False,
         compilation_config={
-            "mode": 0,
-            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "mode": 3 if compiled else 0,  # CompilationMode.VLLM_COMPILE, NONE
+            "cudagraph_mode": "FULL_AND_PIECEWISE" if compiled else "FULL_DECODE_ONLY",
             "cudagraph_capture_sizes": [1, 2, 4, 8],
         },
         linear_backend="marlin",  # what vLLM picks for weight-only NVFP4 on SM 12.1; its choice for SM 9.0 is another
@@ -257,7 +258,7 @@ def run_variant(folder: Path, name: str) -> dict[str, Any]:
     return result
 
 
-def compare(folder: Path, out: Path, variants: list[str]) -> None:
+def compare(folder: Path, out: Path, variants: list[str], *, compiled: bool) -> None:
     """Run the variants one after the other and print their ratios to ``off``."""
     out.mkdir(parents=True, exist_ok=True)
     results = {}
@@ -271,7 +272,8 @@ def compare(folder: Path, out: Path, variants: list[str]) -> None:
         }
         with (path.with_suffix(".log")).open("w") as log:
             done = subprocess.run(
-                [sys.executable, __file__, "variant", str(folder), name, str(path)],
+                [sys.executable, __file__, "variant", str(folder), name, str(path)]
+                + ["--compile"] * compiled,
                 env=env,
                 stdout=log,
                 stderr=log,
@@ -356,6 +358,8 @@ def main() -> None:
         command.add_argument("folder", type=Path)
         for argument in extra:
             command.add_argument(argument)
+        if name != "model":
+            command.add_argument("--compile", action="store_true")
         if name == "compare":
             command.add_argument(
                 "--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS)
@@ -364,9 +368,11 @@ def main() -> None:
     if args.command == "model":
         write_model(args.folder)
     elif args.command == "compare":
-        compare(args.folder, Path(args.out), args.variants)
+        compare(args.folder, Path(args.out), args.variants, compiled=args.compile)
     else:
-        Path(args.out).write_text(json.dumps(run_variant(args.folder, args.name)))
+        Path(args.out).write_text(
+            json.dumps(run_variant(args.folder, args.name, compiled=args.compile))
+        )
 
 
 if __name__ == "__main__":
