@@ -3,6 +3,7 @@
     python engine.py model DIR                     # writes a seeded random model of about 5 B parameters
     python engine.py compare DIR OUT               # one engine process a variant; OUT/engine.json and a table
     python engine.py compare DIR OUT --compile     # the same with torch.compile, as profiles are served
+    python engine.py compare DIR OUT --gpus 2      # by tensor parallelism; GPU time is not read then
 
 The model is Qwen3-shaped with BF16 attention and head and NVFP4 (weight-only) MLPs. Its head's rows
 point at a permutation of the embeddings, so that its logits are as peaked as a trained model's: with
@@ -175,7 +176,7 @@ def gpu_busy_s(run: Callable[[], object]) -> float:
     return busy * 1e-6
 
 
-def run_variant(folder: Path, name: str, *, compiled: bool) -> dict[str, Any]:
+def run_variant(folder: Path, name: str, *, compiled: bool, gpus: int) -> dict[str, Any]:
     """Serve the model in this process and measure; SPARK_KERNELS is set by the caller."""
     import torch
 
@@ -199,6 +200,8 @@ def run_variant(folder: Path, name: str, *, compiled: bool) -> dict[str, Any]:
         },
         linear_backend="marlin",  # what vLLM picks for weight-only NVFP4 on SM 12.1; its choice for SM 9.0 is another
         disable_log_stats=True,
+        tensor_parallel_size=gpus,
+        disable_custom_all_reduce=True,  # NCCL alone: every machine has it
     )
     loaded = time.perf_counter() - started
     generator = torch.Generator().manual_seed(SEED)
@@ -244,6 +247,8 @@ def run_variant(folder: Path, name: str, *, compiled: bool) -> dict[str, Any]:
             "max": max(rates),
         }
         result["tokens"][batch] = tokens[0]
+        if gpus > 1:  # the kernels run in other processes
+            continue
         short, long = (
             gpu_busy_s(partial(generate, prompts[:batch], n)) for n in (SHORT, LONG // 2)
         )
@@ -258,8 +263,8 @@ def run_variant(folder: Path, name: str, *, compiled: bool) -> dict[str, Any]:
     return result
 
 
-def compare(folder: Path, out: Path, variants: list[str], *, compiled: bool) -> None:
-    """Run the variants one after the other and print their ratios to ``off``."""
+def compare(folder: Path, out: Path, variants: list[str], options: list[str]) -> None:
+    """Run the variants one after the other, with ``options`` for each, and print their ratios to ``off``."""
     out.mkdir(parents=True, exist_ok=True)
     results = {}
     for name in variants:
@@ -269,11 +274,12 @@ def compare(folder: Path, out: Path, variants: list[str], *, compiled: bool) -> 
             **os.environ,
             "SPARK_KERNELS": VARIANTS[name][0],
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # our own function, to our own workers
+            "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
         }
         with (path.with_suffix(".log")).open("w") as log:
             done = subprocess.run(
-                [sys.executable, __file__, "variant", str(folder), name, str(path)]
-                + ["--compile"] * compiled,
+                [sys.executable, __file__, "variant", str(folder), name, str(path), *options],
                 env=env,
                 stdout=log,
                 stderr=log,
@@ -311,9 +317,9 @@ def summary(result: dict[str, Any], off: dict[str, Any] | None) -> str:
         parts.append(
             f"batch {batch}: {rate['tok_s']:.1f} ({rate['min']:.1f}-{rate['max']:.1f}) tok/s{ratio}"
         )
-        step = result["gpu_ms_per_step"][batch]
-        ratio = f" x{off['gpu_ms_per_step'][batch] / step:.3f}" if off else ""
-        parts.append(f"GPU {step:.3f} ms a step{ratio}")
+        if step := result["gpu_ms_per_step"].get(batch):
+            ratio = f" x{off['gpu_ms_per_step'][batch] / step:.3f}" if off else ""
+            parts.append(f"GPU {step:.3f} ms a step{ratio}")
     parts.append(f"repeats equal: {result['repeats_equal']}")
     if off:
         sequences = [
@@ -360,6 +366,7 @@ def main() -> None:
             command.add_argument(argument)
         if name != "model":
             command.add_argument("--compile", action="store_true")
+            command.add_argument("--gpus", type=int, default=1)
         if name == "compare":
             command.add_argument(
                 "--variants", nargs="*", default=list(VARIANTS), choices=list(VARIANTS)
@@ -368,10 +375,11 @@ def main() -> None:
     if args.command == "model":
         write_model(args.folder)
     elif args.command == "compare":
-        compare(args.folder, Path(args.out), args.variants, compiled=args.compile)
+        options = [f"--gpus={args.gpus}", *["--compile"] * args.compile]
+        compare(args.folder, Path(args.out), args.variants, options)
     else:
         Path(args.out).write_text(
-            json.dumps(run_variant(args.folder, args.name, compiled=args.compile))
+            json.dumps(run_variant(args.folder, args.name, compiled=args.compile, gpus=args.gpus))
         )
 
 

@@ -12,6 +12,7 @@ import sys
 import torch
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
+from vllm import _custom_ops  # noqa: F401 - before the stand-in: it registers fakes for whatever there is
 
 library = torch.library.Library("_C", "FRAGMENT")
 library.define(

@@ -1,29 +1,15 @@
 """Our layers under torch.compile, as vLLM compiles a model unless it is told not to."""
 
-import json
-import os
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-ENGINE = ROOT / ".venv-engine" / "bin" / "python"
-
 
 @pytest.fixture(scope="module")
-def layers() -> dict[str, Any]:
+def layers(in_engine: Callable[..., Any]) -> dict[str, Any]:
     """What was compiled for 3, 40 and 2048 tokens, by kernel."""
-    if not ENGINE.is_file():
-        pytest.skip("needs the engine's environment: make engine")
-    script = Path(__file__).with_name("compiled_layers.py")
-    environ = os.environ | {"PYTHONPATH": str(ROOT / "kernels/src"), "VLLM_NO_USAGE_STATS": "1"}
-    done = subprocess.run(
-        [ENGINE, script], env=environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = in_engine("compiled_layers.py")
     return found
 
 
@@ -37,3 +23,19 @@ def test_a_layer_is_one_graph_for_every_number_of_tokens(
     assert [name for name in operators if "spark_kernels" in name] == [
         f"spark_kernels.{kernel}_linear"
     ]
+
+
+LAYERS = ("nvfp4 1.0 96", "bf16x q_proj 64")
+
+
+def test_a_compiled_graph_is_found_again_by_the_layers_it_was_made_of(
+    in_engine: Callable[..., Any],
+) -> None:
+    """The key by which vLLM finds a compiled graph is the same for the same layers of ours, another for any other."""
+    keys = [
+        in_engine("compile_key.py", *layers)
+        for layers in ((), LAYERS, LAYERS, LAYERS[:1], ("nvfp4 1.5 96", LAYERS[1]))
+    ]
+    none, first, again, fewer, other_scale = keys
+    assert first == again
+    assert len({none, first, fewer, other_scale}) == 4

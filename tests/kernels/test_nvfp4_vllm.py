@@ -1,36 +1,21 @@
 """nvfp4's place in vLLM 0.32.0's kernel registry, in the real engine's environment."""
 
-import json
-import os
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from spark_kernels import build
 
-ROOT = Path(__file__).parents[2]
-ENGINE = ROOT / ".venv-engine" / "bin" / "python"
-
 
 @pytest.fixture(scope="module")
-def registered(nvcc: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def registered(
+    nvcc: str, in_engine: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, object]:
     """What the registry holds after registering twice; the library is compiled, no GPU is used."""
     del nvcc
-    if not ENGINE.is_file():
-        pytest.skip("needs the engine's environment: make engine")
     folder = tmp_path_factory.mktemp("lib")
     build.compile_library("nvfp4", ["120f"], folder / "nvfp4.so")
-    environ = os.environ | {
-        "SPARK_KERNELS_LIB_DIR": str(folder),
-        "PYTHONPATH": str(ROOT / "kernels" / "src"),
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    script = Path(__file__).with_name("nvfp4_registry.py")
-    done = subprocess.run(
-        [ENGINE, script], env=environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, object] = in_engine("nvfp4_registry.py", SPARK_KERNELS_LIB_DIR=str(folder))
     return found
 
 

@@ -1,28 +1,15 @@
 """rmsnorm_fp4's graph pass, matched by vLLM 0.32.0's own pattern matcher on a traced layer."""
 
-import json
-import os
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-ENGINE = ROOT / ".venv-engine" / "bin" / "python"
-
 
 @pytest.fixture(scope="module")
-def graphs() -> dict[str, list[str]]:
+def graphs(in_engine: Callable[..., Any]) -> dict[str, list[str]]:
     """The operators of three traced layers after the pass, by case."""
-    if not ENGINE.is_file():
-        pytest.skip("needs the engine's environment: make engine")
-    script = Path(__file__).with_name("rmsnorm_fusion.py")
-    environ = os.environ | {"PYTHONPATH": str(ROOT / "kernels/src"), "VLLM_NO_USAGE_STATS": "1"}
-    done = subprocess.run(
-        [ENGINE, script], env=environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, list[str]] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, list[str]] = in_engine("rmsnorm_fusion.py")
     return found
 
 

@@ -1,9 +1,11 @@
-"""The seams in vLLM 0.32.0 that several kernels share: what happens to a layer once it is loaded."""
+"""The seams in vLLM 0.32.0 that several kernels share: a layer once it is loaded, and the key of the compile cache."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
+from vllm import envs
 from vllm.model_executor.layers import linear, vocab_parallel_embedding
 
 if TYPE_CHECKING:
@@ -11,7 +13,27 @@ if TYPE_CHECKING:
 
     import torch
 
+COMPILE_FACTOR = "SPARK_KERNELS_GRAPH"
 UNQUANTISED = (linear.UnquantizedLinearMethod, vocab_parallel_embedding.UnquantizedEmbeddingMethod)
+
+_graph_facts: list[str] = []
+
+
+def graph_depends_on(*facts: object) -> None:
+    """Make compiled graphs with other facts than these be compiled anew.
+
+    vLLM finds a compiled graph again by its configuration and its environment (``envs.compile_factors``), which name
+    neither what replaced a layer's kernel nor the numbers of a layer that the graph holds as constants, such as the
+    global scale of its weights: it would run the graph of other kernels, or of other weights, on these. Whoever puts an
+    operator into the graph says here what the operator's constants are. The factors are read at the first forward
+    pass, after all layers were loaded.
+    """
+    _graph_facts.append(repr(facts))
+    envs.environment_variables[COMPILE_FACTOR] = _graph_digest
+
+
+def _graph_digest() -> str:
+    return hashlib.sha256("\n".join(_graph_facts).encode()).hexdigest()
 
 
 def after_loading(take: Callable[[torch.nn.Module], object]) -> None:

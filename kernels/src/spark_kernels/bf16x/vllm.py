@@ -73,6 +73,7 @@ def encode_layer(layer: torch.nn.Module, selection: Selection, *, is_head: bool)
     stand_in = weight.new_full((1,), float(next(_heads)) if is_head else 0.0)
     layer.weight = torch.nn.Parameter(stand_in, requires_grad=False)
     layer.quant_method = CodedLinearMethod()
+    vllm_hooks.graph_depends_on("bf16x", name, coded.n)
     logger.info("bf16x: %s %s", name, coded.describe())
     return True
 

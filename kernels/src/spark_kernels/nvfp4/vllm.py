@@ -15,7 +15,7 @@ from vllm.model_executor.kernels import linear as registry
 from vllm.model_executor.kernels.linear.nvfp4.marlin import MarlinNvFp4LinearKernel
 from vllm.platforms import PlatformEnum
 
-from spark_kernels import build
+from spark_kernels import build, vllm_hooks
 from spark_kernels.nvfp4 import api
 from spark_kernels.nvfp4.packing import GROUP
 
@@ -62,6 +62,7 @@ class SparkNvFp4LinearKernel(MarlinNvFp4LinearKernel):  # type: ignore[misc]
             packed.n,
             packed.grid,
         )
+        vllm_hooks.graph_depends_on("nvfp4", packed.global_scale, packed.n, packed.grid)
         for name in ("weight", "weight_scale"):
             empty = getattr(layer, name).new_empty(0)
             setattr(layer, name, torch.nn.Parameter(empty, requires_grad=False))

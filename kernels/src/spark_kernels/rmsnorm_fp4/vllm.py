@@ -18,7 +18,7 @@ from vllm.compilation.passes.pass_manager import PostGradPassManager
 from vllm.compilation.passes.vllm_inductor_pass import VllmInductorPass, VllmPatternMatcherPass
 from vllm.platforms import current_platform
 
-from spark_kernels import build
+from spark_kernels import __version__, build, vllm_hooks
 from spark_kernels.rmsnorm_fp4 import api
 
 if TYPE_CHECKING:
@@ -144,4 +144,5 @@ def register(options: Mapping[str, Any]) -> None:
             self.passes.append(GemmaNormNvFp4FusionPass(config))
 
     configure.spark_kernels = True  # type: ignore[attr-defined]
+    vllm_hooks.graph_depends_on("rmsnorm_fp4", __version__)
     PostGradPassManager.configure = configure
