@@ -21,7 +21,7 @@ from tests.appliance.service import (
 ENGINE = "GPU_ENGINE_PYTHON"
 START_TIMEOUT_S = 500
 """A first start compiles the model and captures its graphs."""
-CHUNKS = 64
+TOKENS = 64
 
 
 @pytest.fixture
@@ -35,19 +35,20 @@ def gpu_engine() -> str:
 
 
 def _streamed(running: Service) -> int:
-    """Number of chunks with text in a streamed answer."""
+    """Tokens of a streamed answer, as its last event counts them."""
     with openai.OpenAI(
         base_url=f"http://127.0.0.1:{running.port}/v1", api_key="none", max_retries=0
     ) as client:
         chunks = client.completions.create(
             model="demo-gpu",
             prompt="the",
-            max_tokens=CHUNKS,
+            max_tokens=TOKENS,
             temperature=0,
             stream=True,
+            stream_options={"include_usage": True},
             extra_body={"ignore_eos": True},
         )
-        return sum(1 for chunk in chunks if chunk.choices and chunk.choices[0].text)
+        return sum(chunk.usage.completion_tokens for chunk in chunks if chunk.usage)
 
 
 def _on_gpu(group: int) -> int:
@@ -60,8 +61,9 @@ def test_gpu_serves_and_lets_go(short_path: Path, gpu_engine: str) -> None:
     """Ready after the canary, whole streams, memory as the driver counts it, back after SIGKILL; at the end nothing."""
     env = environment(short_path, SPARK_LLM_PROFILE="demo-gpu", SPARK_LLM_ENGINE__PYTHON=gpu_engine)
     with service(short_path, env=env) as running:
-        first = running.listening().wait_state("ready", timeout_s=START_TIMEOUT_S)
-        assert _streamed(running) == CHUNKS
+        first = running.listening().wait_state("ready", "failed", timeout_s=START_TIMEOUT_S)
+        assert first["state"] == "ready", running.text()[-4000:]
+        assert _streamed(running) == TOKENS
 
         held = _on_gpu(first["engine_pid"])
         assert held > 0, "the driver names the engine's processes"
@@ -73,7 +75,7 @@ def test_gpu_serves_and_lets_go(short_path: Path, gpu_engine: str) -> None:
         second = running.wait_state("ready", timeout_s=START_TIMEOUT_S)
         assert second["restarts"] == 1
         assert _on_gpu(first["engine_pid"]) == 0
-        assert _streamed(running) == CHUNKS
+        assert _streamed(running) == TOKENS
         assert running.stop() == 0
     for run in (first, second):
         assert processes_of(run["engine_pid"]) == []
