@@ -49,9 +49,9 @@ in
 
     profile = mkOption {
       type = types.str;
-      default = "demo";
+      default = "";
       example = "qwen3-30b-a3b-nvfp4";
-      description = "What to serve: a name that `spark-llm profiles` lists. The default is a toy that needs no download.";
+      description = "What to serve: a name that `spark-llm profiles` lists. Empty is a toy that needs no download, `demo-gpu`.";
     };
 
     settings = mkOption {

@@ -158,7 +158,7 @@ ALL = {
 
 def stand_in_engine(folder: Path, step_us: int) -> Path:
     """A program for ``engine.python``: the upstream, in what looks like an environment with vLLM."""
-    record = folder / "engine/lib/python3/site-packages/vllm-0.dist-info/RECORD"
+    record = folder / "engine/lib/python3/site-packages/vllm-0+cpu.dist-info/RECORD"
     record.parent.mkdir(parents=True, exist_ok=True)
     record.touch()
     program = folder / "engine/bin/python"

@@ -148,9 +148,9 @@ def service(
         process.wait()
 
 
-def stub_python(folder: Path) -> Path:
-    """A program to use as ``engine.python``: the stub engine, in what looks like an environment with vLLM."""
-    record = folder / "stub/lib/python3.11/site-packages/vllm-0.32.0.dist-info/RECORD"
+def stub_python(folder: Path, build: str = "0.32.0+cpu") -> Path:
+    """A program to use as ``engine.python``: the stub engine, in what looks like an environment with that vLLM."""
+    record = folder / f"stub/lib/python3.11/site-packages/vllm-{build}.dist-info/RECORD"
     record.parent.mkdir(parents=True, exist_ok=True)
     record.write_text("")
     script = folder / "stub/bin/python"

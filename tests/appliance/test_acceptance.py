@@ -133,11 +133,12 @@ def test_full_disk_blocks_before_the_first_byte(short_path: Path, hub: LocalHub)
 
 
 def test_model_that_cannot_fit_is_refused_with_the_ledger(short_path: Path) -> None:
-    """A KV cache larger than the machine is blocked before anything starts, with what is needed and what there is."""
+    """A KV cache larger than the machine is blocked before anything starts, with what is needed for what."""
     with _serving(short_path, model="demo", kv_cache_bytes=2**45) as running:
         status = running.wait_state("blocked", timeout_s=60)
     assert status["reason"] == "does_not_fit"
-    assert "GiB" in status["message"]
+    assert "needed for KV cache 32768.0 GiB, runtime 1.9 GiB" in status["message"]
+    assert "exceed this machine's" in status["message"]
     assert "spark-llm fit" in status["hint"]
 
 

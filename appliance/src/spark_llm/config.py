@@ -212,7 +212,7 @@ class Settings(BaseSettings):
         frozen=True, extra="forbid", env_prefix=ENV_PREFIX, env_nested_delimiter="__"
     )
 
-    profile: str = "demo"
+    profile: str = ""
     gateway: Gateway = Gateway()
     engine: Engine = Engine()
     paths: Paths = Paths()

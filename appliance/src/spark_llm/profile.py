@@ -37,6 +37,10 @@ class Engine(StrEnum):
     CPU = "cpu"
 
 
+DEMOS = {Engine.CPU: "demo", Engine.CUDA: "demo-gpu"}
+"""The profile of the demo model for each build."""
+
+
 class Canary(_Table):
     """The question asked before ready, and what its answer must look like.
 

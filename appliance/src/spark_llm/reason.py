@@ -35,6 +35,7 @@ class Reason(StrEnum):
     PEERS = "peers"
     # engine
     ENGINE_MISSING = "engine_missing"
+    WRONG_ENGINE = "wrong_engine"
     ENGINE_EXITED = "engine_exited"
     ENGINE_STALLED = "engine_stalled"
     ENGINE_UNREACHABLE = "engine_unreachable"

@@ -39,13 +39,14 @@ def serve(  # noqa: PLR0913  typer: one parameter an option
     flags = {"profile": profile, "gateway": gateway}
     settings, folders = load(config, flags)
     from spark_llm import logs, sandbox, service
+    from spark_llm.prepare import default_profile
     from spark_llm.profile import load_profile
     from spark_llm.switches import adjust
 
     sandbox.refuse_new_code()
     logs.configure(settings.log.level)
     chosen = adjust(
-        load_profile(settings.profile, folders.profiles),
+        load_profile(settings.profile or default_profile(settings), folders.profiles),
         context=context,
         turboquant=tq,
         debug=debug,
