@@ -213,7 +213,9 @@ class Preparation:
                     self._board.bus.publish("warning", message=warning)
                 return account
             if verdict.action is gate.Action.REFUSE:
-                message = f"{verdict.message}; needed for {account.itemised}"
+                message = verdict.message
+                if verdict.reason in {Reason.DOES_NOT_FIT, Reason.MEMORY}:
+                    message += f"; needed for {account.itemised}"
                 raise RefusedError(message, reason=verdict.reason, hint=verdict.hint)
             self._show_waiting(verdict.reason, verdict.message, verdict.hint)
             if verdict.reason is Reason.MEMORY:

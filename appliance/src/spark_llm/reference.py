@@ -132,7 +132,7 @@ def settings_page() -> str:
         "",
         "| key | default | meaning |",
         "|---|---|---|",
-        f"| `profile` | `{Settings.model_fields['profile'].default}` | what to serve |",
+        "| `profile` | - | what to serve; unset, the demo that suits the engine: `demo-gpu` on a GPU, else `demo` |",
     ]
     for name, model in _tables(Settings):
         lines += [
