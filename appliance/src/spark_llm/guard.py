@@ -10,8 +10,10 @@ standard library only, reads /proc/meminfo and PSI four times a second and
   the hard floor.
 
 It says so in JSON lines on stdout and, for a controller that was restarted meanwhile, in ``--report
-FILE``. It outlives its parent on purpose: the engine must be guarded while the controller restarts.
-It ends when the engine is gone; with ``--follow``, as a service of its own, it waits for the next one.
+FILE``. It ends when the engine is gone; with ``--follow``, as a service of its own, it outlives the
+controller and waits for the next engine. One that a controller started (``--controller``) ends the whole
+engine when that controller is gone: the engine's first process is killed by the kernel then, but a worker
+that asks for no signal at its parent's death would serve on, with nobody to stop it.
 """
 
 import argparse
@@ -320,6 +322,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hard-bytes", type=int, help="default: from the machine's size")
     parser.add_argument("--free-bytes", type=int, help="default: from the machine's size")
     parser.add_argument("--follow", action="store_true", help="with --cgroup: never end")
+    parser.add_argument(
+        "--controller", type=int, help="parent of this process; the engine ends with it"
+    )
     parser.add_argument("--report", type=Path, help="file that holds the last line")
     parser.add_argument("--proc", type=Path, default=Path("/proc"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
@@ -352,8 +357,14 @@ def main(argv: list[str] | None = None) -> int:
     target: Target = (
         Cgroup(arguments.cgroup) if arguments.cgroup else ProcessGroup(arguments.process_group)
     )
+
+    def pause() -> None:
+        if arguments.controller not in {None, os.getppid()}:
+            target.kill()
+        time.sleep(POLL_S)
+
     killed = False
-    for state in watch(target, floors, meters.read, lambda: time.sleep(POLL_S), _tell):
+    for state in watch(target, floors, meters.read, pause, _tell):
         killed = killed or state.level == "hard"
         _record(_line(state), arguments.report)
     return 1 if killed else 0

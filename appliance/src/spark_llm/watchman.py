@@ -86,7 +86,7 @@ class Watchman:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             env={name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
-            start_new_session=True,  # it guards on while the controller restarts
+            start_new_session=True,  # it ends after its engine, not with it
         )
         if (tree := cgroup.current()) is not None:
             with contextlib.suppress(OSError):  # it has ended already: the engine died at once
@@ -144,7 +144,9 @@ def _killed_by_unit(report: Path = _UNIT_REPORT) -> bool:
 def _arguments(settings: Memory, group: int, report: Path) -> list[str]:
     tree = cgroup.current()
     target = (
-        ["--cgroup", str(tree.engine / report.stem)] if tree else ["--process-group", str(group)]
+        ["--cgroup", str(tree.engine / report.stem)]  # which systemd empties
+        if tree
+        else ["--process-group", str(group), "--controller", str(os.getpid())]
     )
     floors = {
         "--soft-bytes": settings.soft_floor_bytes,
