@@ -79,7 +79,10 @@ class Service:
             status = self.status()
             return status if status["state"] in states else None
 
-        return wait_for(reached, timeout_s, self.text)
+        return wait_for(reached, timeout_s, self._explain)
+
+    def _explain(self) -> str:
+        return f"{self.text()}\n{self.status()}"
 
     def stop(self, number: signal.Signals = signal.SIGTERM, timeout_s: float = 60) -> int:
         self.process.send_signal(number)

@@ -161,6 +161,7 @@ def test_memory_that_returns_is_waited_for(short_path: Path) -> None:
             assert status["reason"] == "memory"
             assert "short" in status["message"]
             assert status["engine_pid"] is None
+            running.wait_log(r"waiting: .*GiB short")
             hog.communicate()
             running.wait_state("ready", timeout_s=60)
 

@@ -19,15 +19,12 @@ from spark_llm.guard import (
     GIB,
     POLL_S,
     Floors,
-    Meters,
-    Reading,
     State,
     floors_for,
-    parse_full_avg10,
-    parse_meminfo,
     step,
     watch,
 )
+from spark_llm.meters import Meters, Reading
 
 SPARK = floors_for(int(121.69 * GIB))
 RECORDED = Path(__file__).parent / "data" / "meminfo_hog.csv"
@@ -129,29 +126,6 @@ def test_recorded_series_under_tight_floors() -> None:
     floors = Floors(soft=(top + bottom) // 2, hard=bottom + (top - bottom) // 5, free=0)
     seen = levels(readings, floors)
     assert seen.index("ok") < seen.index("soft") < seen.index("hard")
-
-
-def test_meters_read_this_machine() -> None:
-    """The real /proc is read: less is available than there is in total."""
-    reading = Meters().read()
-    total = parse_meminfo(Path("/proc/meminfo").read_bytes())["MemTotal"]
-    assert 0 < reading.available < total
-    assert 0 <= reading.stalled <= 1
-
-
-def test_kernel_without_psi(tmp_path: Path) -> None:
-    """Without /proc/pressure the guard works on memory alone."""
-    (tmp_path / "meminfo").write_bytes(Path("/proc/meminfo").read_bytes())
-    assert Meters(tmp_path).read().stalled == 0
-
-
-def test_parsers() -> None:
-    """Both formats are parsed as the kernel documents them."""
-    assert parse_meminfo(b"MemTotal:  100 kB\nHugePages_Total:   3\n") == {
-        "MemTotal": 102400,
-        "HugePages_Total": 3,
-    }
-    assert parse_full_avg10(b"some avg10=1.00 a\nfull avg10=25.50 avg60=0.00\n") == 0.255
 
 
 # It may take 4 GiB at most, so that a broken guard cannot hurt the machine that runs the tests.

@@ -14,7 +14,7 @@ def test_this_machine() -> None:
 
 
 def test_stand_in(tmp_path: Path) -> None:
-    """MemTotal and MemAvailable of a Spark are read in bytes; a configured reserve wins."""
+    """Total and available memory of a Spark are read in bytes; a configured reserve wins."""
     (tmp_path / "meminfo").write_text(
         "MemTotal: 127602688 kB\nMemFree: 1 kB\nMemAvailable: 120000000 kB\n"
     )

@@ -28,6 +28,8 @@ import aiohttp
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from spark_llm import host
+
 from tests.appliance.service import Service, environment, processes_below, service, wait_for
 
 CLIENTS = 12
@@ -273,7 +275,7 @@ async def _squeeze(running: Service) -> None:
         while (await asyncio.to_thread(running.status))["state"] != "degraded":
             assert time.monotonic() < deadline, "memory was low for a minute and nobody said so"
             if (
-                above := _available() - floor
+                above := host.machine().available - floor
             ) > 0:  # again if others on this machine let go of some
                 hog.stdin.write(b"%d\n" % (above + OVERSHOOT_BYTES))
                 await hog.stdout.readline()
@@ -312,15 +314,10 @@ def start(folder: Path, cache: Path, *, squeeze: bool) -> Any:  # noqa: ANN401  
     }
     if squeeze:
         # The alarm ends a fifth above the floor (guard.py), and that must lie below what an engine leaves.
-        more["SPARK_LLM_MEMORY__SOFT_FLOOR_BYTES"] = str(int((_available() - LEFT_BYTES) / 1.2))
+        more["SPARK_LLM_MEMORY__SOFT_FLOOR_BYTES"] = str(
+            int((host.machine().available - LEFT_BYTES) / 1.2)
+        )
     return service(folder, env=environment(folder, **more))
-
-
-def _available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise LookupError("MemAvailable")
 
 
 def soak(seconds: float, *, seed: int, squeeze: bool, between_s: float, cache: Path) -> Tally:

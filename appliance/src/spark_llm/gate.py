@@ -28,7 +28,7 @@ class GateFacts:
     Attributes:
         need_bytes: the ledger's need on this node, in bytes.
         reserve_bytes: what must stay free for the host, in bytes.
-        available_bytes: ``MemAvailable`` now, in bytes.
+        available_bytes: what can be had now, in bytes (meters.py).
         promised_bytes: of it, what other engines were promised and have not taken yet, in bytes.
         total_bytes: ``MemTotal``, in bytes.
         waited_s: time spent waiting so far, in seconds.

@@ -3,7 +3,7 @@
 Run as ``python -m spark_llm.guard``. On a machine whose GPU memory is its main memory, overrunning
 it freezes the whole host without an out-of-memory kill (NVIDIA/open-gpu-kernel-modules#1358), and
 ``MemoryMax=`` does not bound the GPU's share. So a small process, locked into memory and using the
-standard library only, reads /proc/meminfo and PSI four times a second and
+standard library only, reads /proc (meters.py) four times a second and
 
 * reports ``soft`` when memory runs low: the gateway then stops admitting requests;
 * reports ``hard`` and kills the engine, and nothing else, when two readings in a row are below
@@ -29,29 +29,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from spark_llm.meters import Meters, Reading
+
 GIB = 2**30
 POLL_S = 0.25
-"""One sample of 3 s has hidden a fall of 7.4 GiB (gb10-services): poll fast, it costs two small reads."""
+"""One sample of 3 s has hidden a fall of 7.4 GiB (gb10-services): poll fast, it costs three small reads."""
 _OOM_SCORE_ADJ = "-900"
 _CALM_SAMPLES = 20
 """Readings in a row above ``resume_bytes`` that end a soft alarm: 5 s."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """One look at the machine.
-
-    Attributes:
-        at: monotonic clock, in seconds.
-        available: ``MemAvailable`` in bytes.
-        free: ``MemFree`` in bytes.
-        stalled: share of the last 10 s in which every task waited for memory, 0 to 1 (PSI ``full avg10``).
-    """
-
-    at: float
-    available: int
-    free: int
-    stalled: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -193,47 +178,6 @@ class ProcessGroup:
             os.killpg(self._group, signal.SIGKILL)
 
 
-class Meters:
-    """/proc/meminfo and /proc/pressure/memory, held open. ``folder`` stands in for /proc in tests."""
-
-    def __init__(self, folder: Path = Path("/proc")) -> None:
-        self._meminfo = os.open(folder / "meminfo", os.O_RDONLY)
-        try:
-            self._pressure = os.open(folder / "pressure" / "memory", os.O_RDONLY)
-            os.pread(self._pressure, 256, 0)
-        except OSError:  # no PSI in this kernel, or switched off
-            self._pressure = -1
-
-    def read(self) -> Reading:
-        """The machine now."""
-        values = parse_meminfo(os.pread(self._meminfo, 8192, 0))
-        stalled = parse_full_avg10(os.pread(self._pressure, 256, 0)) if self._pressure >= 0 else 0.0
-        return Reading(time.monotonic(), values["MemAvailable"], values["MemFree"], stalled)
-
-
-def parse_meminfo(raw: bytes) -> dict[str, int]:
-    """Fields of /proc/meminfo in bytes.
-
-    Raises:
-        KeyError: later, where a field is asked for that the kernel does not have.
-    """
-    values = {}
-    for line in raw.splitlines():
-        name, _, rest = line.partition(b":")
-        words = rest.split()
-        if words:
-            values[name.decode()] = int(words[0]) * (1024 if len(words) > 1 else 1)
-    return values
-
-
-def parse_full_avg10(raw: bytes) -> float:
-    """``full avg10`` of a PSI file as a share, 0 to 1; 0 where it is missing."""
-    for line in raw.splitlines():
-        if line.startswith(b"full avg10="):
-            return float(line.split()[1].removeprefix(b"avg10=")) / 100
-    return 0.0
-
-
 def watch(
     target: Target,
     floors: Floors,
@@ -338,8 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     if os.sched_getscheduler(0) == os.SCHED_BATCH:  # the controller's, who may wait for a core
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     meters = Meters(arguments.proc)
-    total = parse_meminfo((arguments.proc / "meminfo").read_bytes())["MemTotal"]
-    default = floors_for(total)
+    default = floors_for(meters.memory().total)
     floors = Floors(
         soft=default.soft if arguments.soft_bytes is None else arguments.soft_bytes,
         hard=default.hard if arguments.hard_bytes is None else arguments.hard_bytes,

@@ -27,7 +27,7 @@ class Mark:
     Attributes:
         run: id of the run.
         size: in bytes, on this node.
-        whole: it is the fall of ``MemAvailable`` since the start, others' share included, because the driver does not
+        whole: it is the fall of available memory since the start, others' share included, because the driver does not
             say what the engine has on the GPU.
     """
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from spark_llm.guard import parse_meminfo
 from spark_llm.kernels import Presence
 from spark_llm.ledger import Machine
+from spark_llm.meters import Meters
 from spark_llm.store.hashing import drop_pages
 
 GB10_BANDWIDTH = 273e9
@@ -37,8 +37,9 @@ def machine(
     if total_bytes:
         total = available = total_bytes
     else:
-        fields = parse_meminfo((proc / "meminfo").read_bytes())
-        total, available = fields["MemTotal"], fields["MemAvailable"]
+        with contextlib.closing(Meters(proc)) as meters:
+            now = meters.memory()
+        total, available = now.total, now.available
     return Machine(total, available, reserve_bytes or default_reserve(total), kernels)
 
 

@@ -61,7 +61,7 @@ class Machine:
 
     Attributes:
         total: ``MemTotal``.
-        available: ``MemAvailable`` now; equal to ``total`` for a machine that is only imagined.
+        available: what can be had now (meters.py); equal to ``total`` for a machine that is only imagined.
         reserve: kept for the host.
         kernels: whether its engine has our kernels.
     """

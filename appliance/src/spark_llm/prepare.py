@@ -226,6 +226,7 @@ class Preparation:
         if self._board.now.state is State.WAITING_MEMORY:
             self._board.progress(reason=reason, message=message, hint=hint)
         else:
+            log.info("waiting: %s", message)
             self._board.enter(State.WAITING_MEMORY, reason, message, hint=hint)
 
     async def _command(  # noqa: PLR0913, PLR0917  what the steps before have found

@@ -4,7 +4,7 @@
 class Promises:
     """One account for all engines of a controller, by profile, in bytes.
 
-    ``MemAvailable`` shows what an engine has taken, not what it is about to take: two engines that look at the same
+    Available memory shows what an engine has taken, not what it is about to take: two engines that look at the same
     moment would both find room for one. A promise stands from the start gate until its profile is served no more, so
     that an engine which is being restarted finds its place free.
     """
