@@ -142,7 +142,17 @@ in
     services.spark-llm.settings.profile = mkDefault cfg.profile;
 
     environment.etc."spark-llm/config.toml".source = toml.generate "config.toml" cfg.settings;
-    environment.systemPackages = [ cfg.package ];
+    # The installed service's store and caches are meant, whoever calls.
+    environment.systemPackages = [
+      (pkgs.writeShellApplication {
+        name = "spark-llm";
+        text = ''
+          export STATE_DIRECTORY="''${STATE_DIRECTORY:-/var/lib/spark-llm}"
+          export CACHE_DIRECTORY="''${CACHE_DIRECTORY:-/var/cache/spark-llm}"
+          exec ${lib.getExe cfg.package} "$@"
+        '';
+      })
+    ];
 
     # As appliance/units/sysusers.conf: the fetcher alone has the hub token.
     users.users.spark-llm = {

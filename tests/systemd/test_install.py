@@ -7,6 +7,7 @@ from container import TREE, Container, container_or_reason
 
 PROFILE = "/nix/var/nix/profiles/spark-llm"
 COMMAND = "/usr/local/bin/spark-llm"
+KEYS = "/var/lib/spark-llm/keys.json"
 BAD_CANARY = 'extends = "demo"\n\n[canary]\npattern = "^no model says this$"\n'
 
 
@@ -40,6 +41,15 @@ def test_life_of_an_installation(nix: Container) -> None:
         "2770",
         "spark-llm",
     ]
+
+    nix.run(COMMAND, "keys", "add", "me")
+    assert nix.run("stat", "-c", "%U %a", KEYS).stdout.split() == ["spark-llm", "600"]
+    nix.run(COMMAND, "keys", "remove", "me")
+    for command in (("keys", "add", "you"), ("models",), ("doctor",), ("cache", "ls")):
+        other = nix.run("setpriv", "--reuid=65534", COMMAND, *command, check=False)
+        assert other.returncode == 3
+        assert "/var/lib/spark-llm: permission denied" in other.stderr
+        assert "sudo" in other.stderr
 
     upgraded = nix.run(f"{PROFILE}/bin/spark-llm", "upgrade", second, check=False, timeout=300)
     log = nix.run("journalctl", "-u", "spark-llm.service", "-o", "cat").stdout.splitlines()

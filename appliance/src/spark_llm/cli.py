@@ -1,13 +1,14 @@
 """The command ``spark-llm``: one module of ``commands/`` for each group."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from spark_llm import __version__
 from spark_llm.commands import cache, doctor, fit, install, keys, profiles, service, store
 from spark_llm.errors import SparkLlmError
+from spark_llm.owner import not_yours
 
 app = typer.Typer(
     name="spark-llm",
@@ -21,10 +22,18 @@ def main() -> None:
     try:
         app()
     except SparkLlmError as error:
-        print(f"spark-llm: {error.message} [{error.reason}]", file=sys.stderr)  # noqa: T201
-        if error.hint:
-            print(f"  {error.hint}", file=sys.stderr)  # noqa: T201
-        sys.exit(error.exit_code)
+        _fail(error)
+    except PermissionError as error:
+        if not error.filename:
+            raise
+        _fail(not_yours(error.filename))
+
+
+def _fail(error: SparkLlmError) -> NoReturn:
+    print(f"spark-llm: {error.message} [{error.reason}]", file=sys.stderr)  # noqa: T201
+    if error.hint:
+        print(f"  {error.hint}", file=sys.stderr)  # noqa: T201
+    sys.exit(error.exit_code)
 
 
 def _print_version(wanted: bool) -> None:  # noqa: FBT001  typer's signature

@@ -23,6 +23,11 @@ TMPFILES = Path("etc/tmpfiles.d/spark-llm.conf")
 COMMAND = Path("usr/local/bin/spark-llm")
 """sudo's PATH has this folder, and no Nix profile."""
 _SHELL = "#!/bin/sh\n"
+_FOLDERS = """\
+# The installed service's store and caches are meant, whoever calls.
+export STATE_DIRECTORY="${STATE_DIRECTORY:-/var/lib/spark-llm}"
+export CACHE_DIRECTORY="${CACHE_DIRECTORY:-/var/cache/spark-llm}"
+"""
 GROUPS = ("video", "render", "rdma")
 """Groups whose devices the engine uses, where the machine has them."""
 NOTIFY_RELOAD_SINCE = 253
@@ -112,7 +117,7 @@ def wanted(site: Site, templates: Path | None = None) -> dict[Path, str]:
     files[SYSUSERS] = MARK + (folder / "sysusers.conf").read_text(encoding="utf-8") + members
     files[TMPFILES] = MARK + (folder / "tmpfiles.conf").read_text(encoding="utf-8")
     if site.bin != Path("/") / COMMAND.parent:
-        files[COMMAND] = f'{_SHELL}{MARK}exec {site.bin}/spark-llm "$@"\n'
+        files[COMMAND] = f'{_SHELL}{MARK}{_FOLDERS}exec {site.bin}/spark-llm "$@"\n'
     return files
 
 

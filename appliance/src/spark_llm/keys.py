@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spark_llm.errors import ConfigError, RefusedError
+from spark_llm.owner import not_yours
 from spark_llm.reason import Reason
 
 PREFIX = "sk-spark-"
@@ -69,6 +70,8 @@ def load(path: Path) -> tuple[Key, ...]:
         return tuple(Key(**item) for item in listed)
     except FileNotFoundError:
         return ()
+    except PermissionError:
+        raise not_yours(path) from None
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"{path} cannot be read as API keys: {error}",

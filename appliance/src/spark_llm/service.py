@@ -155,15 +155,17 @@ async def _feed(controller: Controller, notifier: Notifier) -> None:
 
 def _say_where(door: _Door, *, encrypted: bool, settings: Settings) -> None:
     scheme = "https" if encrypted else "http"
+    wanted = "127.0.0.1" if settings.gateway.host == "localhost" else settings.gateway.host
     for listener in door.listeners:
         host, port = listener.getsockname()[:2]
         log.info("listening on %s://%s:%d", scheme, f"[{host}]" if ":" in host else host, port)
         if not encrypted and not sockets.is_loopback(host):
             log.warning("keys and prompts cross the network unencrypted: set gateway.tls_*")
-        if door.held and port != settings.gateway.port:
+        if door.held and (host, port) != (wanted, settings.gateway.port):
             log.warning(
-                "spark-llm.socket decides the port; gateway.port = %d is not used. "
-                "`spark-llm install` brings both together.",
+                "spark-llm.socket decides where to listen; gateway.host = %r and gateway.port = %d are not used. "
+                "`sudo spark-llm install` and `systemctl restart spark-llm.target` bring both together.",
+                settings.gateway.host,
                 settings.gateway.port,
             )
 

@@ -95,14 +95,14 @@ def _checked(descriptor: int, name: str) -> socket.socket:
         )
     listener = socket.socket(fileno=descriptor)
     if (
-        listener.family not in {socket.AF_INET, socket.AF_INET6, socket.AF_UNIX}
+        listener.family not in {socket.AF_INET, socket.AF_INET6}
         or listener.type != socket.SOCK_STREAM
         or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
     ):
         listener.close()
         raise ConfigError(
-            f"the socket {name!r} that systemd passed does not listen for streams",
-            hint="The socket unit must say ListenStream= and Accept=no.",
+            f"the socket {name!r} that systemd passed does not listen for TCP streams",
+            hint="The socket unit must say ListenStream=ADDRESS:PORT and Accept=no.",
         )
     listener.setblocking(False)  # noqa: FBT003  the socket API
     return listener

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spark_llm.commands.common import Config, Json, load, print_json
+from spark_llm.commands.common import Config, Json, load_store, print_json
 
 if TYPE_CHECKING:
     from spark_llm.caches import Entry
@@ -24,7 +24,7 @@ def list_namespaces(as_json: Json = False, config: Config = None) -> None:
     from spark_llm.caches import CacheRoot
     from spark_llm.store.plan import gigabytes
 
-    _, folders = load(config)
+    _, folders = load_store(config)
     entries = CacheRoot(folders.cache).entries()
     if as_json:
         print_json([asdict(entry) for entry in entries])
@@ -46,7 +46,7 @@ def list_namespaces(as_json: Json = False, config: Config = None) -> None:
 @app.command()
 def prune(
     max_bytes: Annotated[
-        int | None, typer.Option(help="Limit, in bytes [default: cache.max_bytes].")
+        int | None, typer.Option(help="Limit, in bytes; without it cache.max_bytes.")
     ] = None,
     as_json: Json = False,
     config: Config = None,
@@ -54,7 +54,7 @@ def prune(
     """Remove the least recently used namespaces until the rest fits the limit."""
     from spark_llm.caches import CacheRoot
 
-    settings, folders = load(config)
+    settings, folders = load_store(config)
     limit = settings.cache.max_bytes if max_bytes is None else max_bytes
     _report(
         CacheRoot(folders.cache).prune(max_bytes=limit, keep=settings.cache.keep), as_json=as_json
@@ -66,7 +66,7 @@ def clear(as_json: Json = False, config: Config = None) -> None:
     """Remove every namespace that is not in use: the next start compiles again."""
     from spark_llm.caches import CacheRoot
 
-    _, folders = load(config)
+    _, folders = load_store(config)
     _report(CacheRoot(folders.cache).clear(), as_json=as_json)
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from spark_llm.folders import Folders
 
 Config = Annotated[
-    Path | None, typer.Option("--config", help="TOML file [default: /etc/spark-llm/config.toml].")
+    Path | None, typer.Option("--config", help="TOML file; without it /etc/spark-llm/config.toml.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -34,6 +34,19 @@ def load(config: Path | None, flags: dict[str, Any] | None = None) -> "tuple[Set
 
     settings = configuration.load(config, flags)
     return settings, folders.resolve(settings.paths, os.environ, shipped_folder())
+
+
+def load_store(config: Path | None) -> "tuple[Settings, Folders]":
+    """:func:`load` for a command that works in the store, as the store's owner where root calls it.
+
+    Raises:
+        RefusedError: the store is another user's.
+    """
+    from spark_llm.owner import act_as_owner
+
+    settings, folders = load(config)
+    act_as_owner(folders.state)
+    return settings, folders
 
 
 def print_json(value: Any) -> None:  # noqa: ANN401  any JSON value

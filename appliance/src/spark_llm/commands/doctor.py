@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from spark_llm.commands.common import Config, Json, load, print_json
+from spark_llm.commands.common import Config, Json, load_store, print_json
 
 _MARKS = {"ok": "  ok  ", "warn": " warn ", "fail": " FAIL "}
 
@@ -24,7 +24,7 @@ def doctor(
     """Check disk, permissions, hub, token, clock, models, caches and driver; exit 1 if something fails."""
     from spark_llm.doctor import Level, examine
 
-    settings, folders = load(config)
+    settings, folders = load_store(config)
     findings = examine(settings, folders, os.environ, repair=repair)
     if as_json:
         print_json([asdict(finding) for finding in findings])

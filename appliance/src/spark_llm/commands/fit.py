@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from spark_llm.commands.common import Config, Json, load, print_json
+from spark_llm.commands.common import Config, Json, load_store, print_json
 
 _REFUSED = 3
 
@@ -34,7 +34,7 @@ def fit(  # noqa: PLR0913  one argument per option
     from spark_llm.profile import load_profile
     from spark_llm.switches import adjust
 
-    settings, folders = load(config)
+    settings, folders = load_store(config)
     profile = adjust(load_profile(name, folders.profiles), context=context, turboquant=tq, mtp=mtp)
     model = fitting.find_model(profile, settings, folders.models, os.environ, offline=offline)
     machine = fitting.machine(settings, memory)

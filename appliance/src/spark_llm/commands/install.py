@@ -35,7 +35,7 @@ Prefix = Annotated[
 def install(  # noqa: C901, PLR0912  one step after the other, each printed before it is done
     prefix: Prefix = ROOT,
     package: Annotated[
-        Path | None, typer.Option(help="Folder with bin/spark-llm [default: this program's].")
+        Path | None, typer.Option(help="Folder with bin/spark-llm; without it this program's.")
     ] = None,
     start: Annotated[bool, typer.Option("--start", help="Start it as well.")] = False,
     dry_run: DryRun = False,

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from spark_llm.commands.common import Config, Json, load, print_json
+from spark_llm.commands.common import Config, Json, load_store, print_json
 
 app = typer.Typer(help="API keys: stored as hashes, shown once.", no_args_is_help=True)
 
@@ -16,7 +16,7 @@ def add(
     config: Config = None,
 ) -> None:
     """Make an API key and print it, once."""
-    _, folders = load(config)
+    _, folders = load_store(config)
     from spark_llm import keys
 
     key, token = keys.add(folders.keys, name, keys.ADMIN if admin else keys.INFERENCE)
@@ -31,7 +31,7 @@ def add(
 @app.command("list")
 def list_keys(as_json: Json = False, config: Config = None) -> None:
     """List API keys, without the keys."""
-    _, folders = load(config)
+    _, folders = load_store(config)
     from spark_llm import keys
     from spark_llm.status_view import show_keys
 
@@ -45,7 +45,7 @@ def list_keys(as_json: Json = False, config: Config = None) -> None:
 @app.command()
 def remove(name: Annotated[str, typer.Argument(help="Name or id.")], config: Config = None) -> None:
     """Remove an API key."""
-    _, folders = load(config)
+    _, folders = load_store(config)
     from spark_llm import keys
 
     key = keys.remove(folders.keys, name)

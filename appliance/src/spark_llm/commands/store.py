@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spark_llm.commands.common import Config, Json, load, print_json
+from spark_llm.commands.common import Config, Json, load_store, print_json
 
 if TYPE_CHECKING:
     from spark_llm.config import Settings
@@ -68,7 +68,7 @@ def pull(  # noqa: PLR0913, PLR0917  typer: one parameter an option
     from spark_llm.store.plan import gigabytes
     from spark_llm.store.progress import duration, encode
 
-    settings, folders = load(config)
+    settings, folders = load_store(config)
     request = replace(
         fetch_request(settings, folders.models, model),
         refresh=True,
@@ -114,7 +114,7 @@ def verify(
     from spark_llm.store import Store, split_name
     from spark_llm.store.plan import gigabytes
 
-    _, folders = load(config)
+    _, folders = load_store(config)
     name, revision = split_name(model)
     store = Store(folders.models)
     total = store.receipt(name, revision).size
@@ -153,7 +153,7 @@ def models(as_json: Json = False, config: Config = None) -> None:
     from spark_llm.store import Store
     from spark_llm.store.plan import gigabytes
 
-    _, folders = load(config)
+    _, folders = load_store(config)
     stored = Store(folders.models).models()
     if as_json:
         print_json([asdict(model) for model in stored])
@@ -180,7 +180,7 @@ def rm(model: Model, as_json: Json = False, config: Config = None) -> None:
     from spark_llm.store import Store, split_name
     from spark_llm.store.plan import gigabytes
 
-    _, folders = load(config)
+    _, folders = load_store(config)
     name, revision = split_name(model)
     freed = Store(folders.models).remove(name, revision)
     if as_json:
@@ -204,7 +204,7 @@ def export_bundle(
     from spark_llm.store.hashing import hash_file
     from spark_llm.store.plan import gigabytes
 
-    _, folders = load(config)
+    _, folders = load_store(config)
     name, revision = split_name(model)
     store = Store(folders.models)
     total = store.receipt(name, revision).size
@@ -230,7 +230,7 @@ def import_(
     from spark_llm.commands.progress_view import byte_bar
     from spark_llm.store.bundle import check_sha256, import_bundle, read_index
 
-    settings, folders = load(config)
+    settings, folders = load_store(config)
     if sha256:
         check_sha256(file, sha256)
     promised = read_index(file)
