@@ -57,7 +57,7 @@ def test_others_are_told_to_use_sudo(short_path: Path) -> None:
     """Who may not look into the store gets one line and a hint."""
     short_path.chmod(0o755)
     folder = short_path / "state"
-    folder.mkdir(mode=0o750)
+    folder.mkdir(mode=0o700)
     os.seteuid(OTHER)
     try:
         with pytest.raises(RefusedError, match=f"{folder}: permission denied") as refused:
