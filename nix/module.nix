@@ -102,7 +102,7 @@ in
         type = types.listOf types.str;
         default = [ ];
         example = [ "192.168.100.11" ];
-        description = "Addresses of the other Sparks of a cluster; empty serves from this one alone.";
+        description = "Addresses of the other Sparks of a cluster. Checked, but not used yet: this version serves from one machine.";
       };
       rank = mkOption {
         type = types.ints.unsigned;

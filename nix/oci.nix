@@ -49,6 +49,13 @@ dockerTools.streamLayeredImage {
     StopSignal = "SIGTERM";
     Env = [
       "HOME=/var/lib/spark-llm"
+      "STATE_DIRECTORY=/var/lib/spark-llm"
+      "CACHE_DIRECTORY=/var/cache/spark-llm"
+      # In the volume, so that two containers on one volume see each other's lock.
+      "RUNTIME_DIRECTORY=/var/lib/spark-llm/run"
+      # Its own loopback is no use to a container: who reaches it is decided by what the port is published on.
+      # Without API keys it refuses to start there.
+      "SPARK_LLM_GATEWAY__HOST=0.0.0.0"
       "NVIDIA_VISIBLE_DEVICES=all"
       "NVIDIA_DRIVER_CAPABILITIES=compute,utility"
       "PATH=/bin"

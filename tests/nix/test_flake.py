@@ -153,6 +153,11 @@ def test_image_is_configured() -> None:
     environment = dict(entry.split("=", 1) for entry in config["Env"])
     assert environment["LD_LIBRARY_PATH"].split(":")[0] == "/run/opengl-driver/lib"
     assert environment["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    # A published port arrives at another address than the container's loopback, and state must lie in the volumes.
+    assert environment["SPARK_LLM_GATEWAY__HOST"] == "0.0.0.0"
+    assert {environment["STATE_DIRECTORY"], environment["CACHE_DIRECTORY"]} == set(
+        config["Volumes"]
+    )
     assert config["Labels"]["org.opencontainers.image.version"] == "0.1.0"
 
 
