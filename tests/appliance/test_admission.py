@@ -49,7 +49,7 @@ def test_equal_keys_go_by_arrival() -> None:
     for at in range(3):
         (ticket,) = queue.admit(0)
         order.append(ticket.key)
-        queue.release(ticket, 10 + at)
+        queue.leave(ticket, 10 + at)
     assert order == ["a", "b", "c"]
 
 
@@ -62,7 +62,7 @@ def test_key_has_its_own_limits() -> None:
     other = offer(queue, "b")
     assert {ticket.key for ticket in queue.admit(0)} == {"a", "b"}
     assert queue.admit(0) == [], "the second of a has to wait for the first"
-    queue.release(other, 1)
+    queue.leave(other, 1)
     assert queue.admit(0) == []
 
 
@@ -83,7 +83,7 @@ def measured(limits: Limits, duration: float) -> tuple[Admission, float]:
         now += 100
         offer(queue, "a", now)
         for ticket in queue.admit(now):
-            queue.release(ticket, now + duration)
+            queue.leave(ticket, now + duration)
     return queue, now + 100
 
 
@@ -156,7 +156,7 @@ def test_closing_turns_the_queue_away() -> None:
     assert queue.close(Reason.DRAINING) == [waiting]
     answer = refuse(queue, "c")
     assert (answer.status, answer.reason) == (503, Reason.DRAINING)
-    queue.release(running, 1)
+    queue.leave(running, 1)
     assert (queue.running, queue.waiting, queue.admit(0)) == (0, 0, [])
     queue.open()
     offer(queue, "c")
@@ -164,14 +164,25 @@ def test_closing_turns_the_queue_away() -> None:
 
 
 def test_gone_client_leaves_the_queue() -> None:
-    """A cancelled ticket is never admitted; cancelling an admitted one changes nothing."""
+    """A ticket that left is never admitted, and leaving twice changes nothing."""
     queue = Admission(Limits(max_running=1))
     first, second = offer(queue, "a"), offer(queue, "a")
     assert queue.admit(0) == [first]
-    assert not queue.cancel(first)
-    assert queue.cancel(second)
-    queue.release(first, 1)
-    assert queue.admit(0) == []
+    assert queue.leave(second, 1)
+    assert queue.leave(first, 1)
+    assert not queue.leave(first, 1)
+    assert (queue.admit(0), queue.running, queue.waiting) == ([], 0, 0)
+
+
+def test_admitted_but_not_served_says_nothing_of_the_pace() -> None:
+    """A request whose client left as it was admitted does not make the engine look fast."""
+    queue, now = measured(Limits(max_running=1), 10)
+    ticket = offer(queue, "a", now)
+    queue.admit(now)
+    queue.leave(ticket, now, served=False)
+    offer(queue, "a", now)
+    queue.admit(now)
+    assert queue.expected_wait_s(now) == 10
 
 
 @given(st.lists(st.floats(0, 1e5), max_size=40))
@@ -181,7 +192,7 @@ def test_retry_after_stays_in_bounds(durations: list[float]) -> None:
     for duration in durations:
         offer(queue, "a", 0, timeout_s=1e9)
         for ticket in queue.admit(0):
-            queue.release(ticket, duration)
+            queue.leave(ticket, duration)
     offer(queue, "a", 0)
     queue.admit(0)
     assert 1 <= queue.retry_after_s(0) <= 600
@@ -208,13 +219,13 @@ class Life(RuleBasedStateMachine):
     @rule(index=st.integers(0, 20))
     def end(self, index: int) -> None:
         if self.inside:
-            self.queue.release(self.inside.pop(index % len(self.inside)), self.at)
+            self.queue.leave(self.inside.pop(index % len(self.inside)), self.at)
         self.take()
 
     @rule(index=st.integers(0, 20))
     def leave(self, index: int) -> None:
         if self.outside:
-            assert self.queue.cancel(self.outside.pop(index % len(self.outside)))
+            assert self.queue.leave(self.outside.pop(index % len(self.outside)), self.at)
         self.take()
 
     @rule(seconds=st.floats(0.1, 15))

@@ -60,7 +60,7 @@ class Rejected:
 class Admission:
     """The queue. All times are the caller's monotonic clock, in seconds; nothing here waits.
 
-    The caller asks with :meth:`offer`, calls :meth:`admit` after each offer, release or cancel and
+    The caller asks with :meth:`offer`, calls :meth:`admit` after each offer or leave and
     wakes those it returns, and calls :meth:`expire` when a deadline passes (:meth:`next_deadline`).
     """
 
@@ -110,7 +110,7 @@ class Admission:
         return ticket
 
     def admit(self, now: float) -> list[Ticket]:
-        """Tickets that may go now; each counts as running until :meth:`release`."""
+        """Tickets that may go now; each counts as running until :meth:`leave`."""
         admitted = []
         while self.closed is None and self.running < self.limits.max_running:
             ticket = self._next()
@@ -121,15 +121,27 @@ class Admission:
             admitted.append(ticket)
         return admitted
 
-    def release(self, ticket: Ticket, now: float) -> None:
-        """A running request has ended, well or badly."""
+    def leave(self, ticket: Ticket, now: float, *, served: bool = True) -> bool:
+        """A request has ended, well or badly, or its client has gone, wherever its ticket was.
+
+        Args:
+            ticket: of an earlier :meth:`offer`.
+            now: the time.
+            served: it was at the engine, and not only admitted: how long it took tells the engine's pace.
+
+        Returns:
+            Whether a place or a wait has ended; False if the ticket was turned away before.
+        """
+        if (admitted := self._admitted.pop(ticket, None)) is None:
+            return self._leave_line(ticket)
         self._running[ticket.key] -= 1
         if self._running[ticket.key] <= 0:
             del self._running[ticket.key]
-        self._durations.append(now - self._admitted.pop(ticket))
+        if served:
+            self._durations.append(now - admitted)
+        return True
 
-    def cancel(self, ticket: Ticket) -> bool:
-        """A waiting client has gone. False if it was not waiting any more."""
+    def _leave_line(self, ticket: Ticket) -> bool:
         line = self._waiting.get(ticket.key)
         if line is None or ticket not in line:
             return False
@@ -142,7 +154,7 @@ class Admission:
         """Tickets whose deadline has passed; they are no longer waiting and are answered 503 ``deadline``."""
         late = [item for line in self._waiting.values() for item in line if item.deadline <= now]
         for ticket in late:
-            self.cancel(ticket)
+            self._leave_line(ticket)
         return late
 
     def next_deadline(self) -> float | None:

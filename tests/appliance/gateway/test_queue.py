@@ -52,3 +52,29 @@ async def test_wait_ends_at_the_clients_deadline(tmp_path: Path) -> None:
                 assert (await answer.json())["error"]["code"] == "deadline"
         running.stub.proceed.set()
         (await held).close()
+
+
+async def test_clients_that_leave_together_give_all_places_back(tmp_path: Path) -> None:
+    """When a program with running and waiting requests is killed, every place and every wait ends, and others go on."""
+    async with running_gateway(tmp_path, Limits(max_running=2, max_queue=8)) as running:
+        body = b'{"model": "held"}'
+        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+        writers = []
+        with anyio.fail_after(10):
+            for _ in range(8):
+                _, writer = await asyncio.open_connection("127.0.0.1", running.port)
+                writer.write(head % len(body) + body)
+                writers.append(writer)
+            while (running.queue.running, running.queue.waiting) != (2, 6):
+                await asyncio.sleep(0.01)
+            for writer in writers:
+                writer.transport.abort()
+            await running.queue.idle.wait()
+            while running.queue.waiting:
+                await asyncio.sleep(0.01)
+            assert running.queue.running == 0
+            async with (
+                aiohttp.ClientSession(running.url) as client,
+                client.post("/v1/chat/completions", json={"model": "demo"}) as answer,
+            ):
+                assert answer.status == 200

@@ -65,11 +65,13 @@ class AdmissionQueue:
         if isinstance(ticket, Rejected):
             raise _reply(ticket.status, ticket.reason, ticket.retry_after_s)
         place = self._places[ticket] = loop.create_future()
-        self._wake()
+        served = False
         try:
+            self._wake()
             if not place.done():
                 await place
             place.result()
+            served = True
             if (holder := asyncio.current_task()) is not None:
                 self._holders.add(holder)
             yield
@@ -77,10 +79,7 @@ class AdmissionQueue:
             if (holder := asyncio.current_task()) is not None:
                 self._holders.discard(holder)
             del self._places[ticket]
-            if place.done() and not place.cancelled() and place.exception() is None:
-                self._admission.release(ticket, loop.time())
-            else:
-                self._admission.cancel(ticket)
+            self._admission.leave(ticket, loop.time(), served=served)
             self._wake()
 
     def close(self, reason: Reason) -> None:
@@ -103,8 +102,12 @@ class AdmissionQueue:
         now = asyncio.get_running_loop().time()
         for ticket in self._admission.expire(now):
             self._turn_away(ticket, 503, Reason.DEADLINE, self._admission.retry_after_s(now))
-        for ticket in self._admission.admit(now):
-            self._places[ticket].set_result(None)
+        while admitted := self._admission.admit(now):
+            for ticket in admitted:
+                if self._places[ticket].done():  # its client left in this very turn of the loop
+                    self._admission.leave(ticket, now, served=False)
+                else:
+                    self._places[ticket].set_result(None)
         if self._admission.running:
             self.idle.clear()
         else:
