@@ -3,16 +3,19 @@
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from spark_llm import host
 from spark_llm.footprint import Footprint, weigh
-from spark_llm.high_water import HighWater, Mark, build_of, key, learned
+from spark_llm.high_water import HighWater, Mark, Recording, build_of, key, learned
 from spark_llm.ledger import GIB, Ledger, Measured, account, overhead
 from spark_llm.profile import Engine, Profile, load_profile, shipped_folder
 from spark_llm.promises import Promises
+from spark_llm.starts import Starts
 from spark_llm.switches import adjust
 
 from tests.appliance.service import stub_python, stub_service, wait_for
@@ -156,6 +159,44 @@ def test_record_that_cannot_be_written_is_harmless(tmp_path: Path) -> None:
     marks = HighWater(tmp_path / "none" / "high-water.json")
     marks.remember(PROFILE, "build", Mark("a", 5))
     assert marks.recall(PROFILE, "build") == (None, "")
+
+
+def test_engines_beside_each_other_keep_each_others_marks(tmp_path: Path) -> None:
+    """Writes that come at once, from the threads of several engines, lose nothing that another has written."""
+    profiles = [_changed(context=1024 * (index + 1)) for index in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        for profile in profiles:
+            mark = Mark("a", profile.context)
+            threads.submit(HighWater(tmp_path / "marks").remember, profile, "build", mark)
+            threads.submit(Starts(tmp_path / "starts").took, str(profile.context), 2.0)
+    marks, starts = HighWater(tmp_path / "marks"), Starts(tmp_path / "starts")
+    assert [marks.recall(profile, "build")[0] for profile in profiles] == [
+        Measured(profile.context, 1) for profile in profiles
+    ]
+    assert {starts.expected_s(str(profile.context)) for profile in profiles} == {2.0}
+
+
+class _Record(HighWater):
+    """Says what is written, and in which thread."""
+
+    def __init__(self) -> None:
+        self.written: list[tuple[int, bool]] = []
+
+    def remember(self, profile: Profile, build: str, mark: Mark) -> None:
+        del profile, build
+        self.written.append((mark.size, threading.current_thread() is threading.main_thread()))
+
+
+@pytest.mark.anyio
+async def test_mark_is_written_as_it_grows_beside_the_event_loop() -> None:
+    """The first mark and each that grew by 64 MiB are written, in a thread: the disk must not stop the requests."""
+    record = _Record()
+    recording = Recording(record, PROFILE, "build")
+    for taken in (GIB, GIB + 2**20, GIB + 2**26, GIB):
+        await recording.note(Mark("a", taken))
+    assert record.written == [(GIB, False), (GIB + 2**26, False)]
+    await Recording(record, PROFILE, "").note(Mark("a", GIB))
+    assert len(record.written) == 2
 
 
 def test_build_changes_with_the_engine(tmp_path: Path) -> None:

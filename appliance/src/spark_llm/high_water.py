@@ -1,7 +1,9 @@
 """The most memory that each profile's engine has taken on this machine, so that the ledger need not guess it again."""
 
+import asyncio
 import hashlib
 import logging
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +18,10 @@ from spark_llm.store import durable
 _FORMAT = 1
 _PROFILES = 50
 _RUNS = 5
+_WORTH_A_MARK = 64 * 2**20
+"""Growth of the high-water mark, in bytes, that is written down."""
+_writing = threading.Lock()
+"""Engines beside each other share the file, and each write begins with a read."""
 
 log = logging.getLogger("spark_llm.memory")
 
@@ -97,6 +103,10 @@ class HighWater:
 
     def remember(self, profile: Profile, build: str, mark: Mark) -> None:
         """Keep ``mark``, in place of an earlier one of the same run; the newest five runs count."""
+        with _writing:
+            self._remember(profile, build, mark)
+
+    def _remember(self, profile: Profile, build: str, mark: Mark) -> None:
         known, _ = self._read()
         entry = known.pop(key(profile), None)
         marks = _marks(entry) if entry and entry["build"] == build else []
@@ -125,6 +135,29 @@ class HighWater:
         except (TypeError, KeyError, AttributeError, ValueError):
             return {}, f"{self._path} cannot be read and is not used; the next run writes it anew"
         return entries, ""
+
+
+class Recording:
+    """The mark of one run, written down as it grows.
+
+    Args:
+        record: where marks are kept.
+        profile: what the run serves.
+        build: see :func:`build_of`; without one nothing is written.
+    """
+
+    def __init__(self, record: HighWater, profile: Profile, build: str) -> None:
+        self._record = record
+        self._profile = profile
+        self._build = build
+        self._written = 0
+
+    async def note(self, mark: Mark) -> None:
+        """Write ``mark`` down, in a thread, if it is the first or has grown by 64 MiB."""
+        if not self._build or (self._written and mark.size < self._written + _WORTH_A_MARK):
+            return
+        self._written = mark.size
+        await asyncio.to_thread(self._record.remember, self._profile, self._build, mark)
 
 
 def _marks(entry: Any) -> list[Mark]:  # noqa: ANN401  JSON

@@ -16,7 +16,7 @@ from spark_llm.folders import Folders
 from spark_llm.gateway.queue import AdmissionQueue
 from spark_llm.gateway.reply import Reply
 from spark_llm.gateway.upstream import Upstream
-from spark_llm.high_water import HighWater
+from spark_llm.high_water import HighWater, Recording
 from spark_llm.prepare import Preparation
 from spark_llm.profile import Profile
 from spark_llm.promises import Promises
@@ -27,8 +27,6 @@ from spark_llm.status import SERVING, TERMINAL, State, StatusBoard
 from spark_llm.watchman import Level
 
 _TICK_S = 1.0
-_WORTH_A_MARK = 64 * 2**20
-"""Growth of the high-water mark, in bytes, that is written down."""
 _NO_ENGINE: dict[str, Any] = {
     "engine_pid": None,
     "run_id": "",
@@ -84,9 +82,8 @@ class Keeper:
             settings, folders, board, tick, promises, make_room=make_room, has_turn=has_turn
         )
         self._high_water = HighWater(folders.high_water)
-        self._build = ""
+        self._recording: Recording | None = None
         self._need = 0
-        self._marked = 0
         self._starts = Starts(folders.state / "starts.json")
         self._failures: list[policy.Failure] = []
         self._sealed: Namespace | None = None
@@ -286,7 +283,7 @@ class Keeper:
             self._on_memory,
             self._on_weight,
         )
-        self._build, self._marked = prepared.memory_build, 0
+        self._recording = Recording(self._high_water, self.profile, prepared.memory_build)
         self._need = prepared.account.need_bytes
         try:
             await self.run.load(expected_s)
@@ -296,7 +293,7 @@ class Keeper:
             self._sealed = prepared.namespace
             took = time.monotonic() - started
             log.info("%s is ready after %.1f s", self.profile.name, took)
-            self._starts.took(self.profile.name, took)
+            await asyncio.to_thread(self._starts.took, self.profile.name, took)
             self.board.enter(
                 State.READY,
                 message=f"ready after {took:.1f} s",
@@ -332,7 +329,7 @@ class Keeper:
             self.queue.open()
             self.board.enter(State.READY, message="memory is back", percent=100)
 
-    def _on_weight(self) -> None:
+    async def _on_weight(self) -> None:
         """The engine was weighed: keep the account of what it may still take, and its high-water mark."""
         run = self.run
         if run is None:
@@ -345,10 +342,8 @@ class Keeper:
             memory_bytes=run.held,
             memory_peak_bytes=max(mark.size, self.board.now.memory_peak_bytes),
         )
-        grown = not self._marked or mark.size >= self._marked + _WORTH_A_MARK
-        if serving and self._build and grown:
-            self._marked = mark.size
-            self._high_water.remember(self.profile, self._build, mark)
+        if serving and self._recording is not None:
+            await self._recording.note(mark)
 
     async def _after_failure(self, error: EngineFailedError) -> bool:
         """Apply the restart policy; False when it says to stay down."""

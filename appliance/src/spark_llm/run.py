@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from http import HTTPStatus
 from typing import Any, TypeVar
 
@@ -58,7 +58,7 @@ class EngineRun:
         board: StatusBoard,
         tick: Callable[[], None],
         on_memory: Callable[[Level], None],
-        on_weight: Callable[[], None],
+        on_weight: Callable[[], Awaitable[None]],
     ) -> None:
         self.id = secrets.token_hex(4)
         self.upstream = Upstream(prepared.socket)
@@ -213,7 +213,7 @@ class EngineRun:
         self._attributed = self._attributed or found.gpu is not None
         self._peak = max(self._peak, found.size)
         self._lowest = min(self._lowest, host.machine().available)
-        self._on_weight()
+        await self._on_weight()
 
     async def stop(self, grace_s: float) -> None:
         """Stop the engine, by force after ``grace_s`` seconds, and wait until nothing of it is left."""

@@ -1,11 +1,14 @@
 """How long starts took, so that the next one can say how long it will take."""
 
 import contextlib
+import threading
 from pathlib import Path
 
 from spark_llm.store import durable
 
 _KEPT = 50
+_writing = threading.Lock()
+"""Engines beside each other share the file, and each write begins with a read."""
 
 
 class Starts:
@@ -24,10 +27,10 @@ class Starts:
 
     def took(self, profile: str, seconds: float) -> None:
         """Remember a start that ended in ready."""
-        known = self._read()
-        known.pop(profile, None)
-        recent = dict([*known.items(), (profile, round(seconds, 1))][-_KEPT:])
-        with contextlib.suppress(OSError):
+        with _writing, contextlib.suppress(OSError):
+            known = self._read()
+            known.pop(profile, None)
+            recent = dict([*known.items(), (profile, round(seconds, 1))][-_KEPT:])
             durable.write_json(self._path, recent, durable=False)
 
     def _read(self) -> dict[str, object]:
