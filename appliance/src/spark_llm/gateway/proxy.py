@@ -21,7 +21,7 @@ from spark_llm.gateway.queue import CUT, AdmissionQueue
 from spark_llm.gateway.reply import Reply
 from spark_llm.gateway.scheduling import Scheduling
 from spark_llm.gateway.upstream import Response, UnreachableError, Upstream, UpstreamError
-from spark_llm.gateway.wire import Headers, aborted, error_body, error_event
+from spark_llm.gateway.wire import Headers, aborted, aborted_in, error_body, error_event
 from spark_llm.reason import Reason
 
 Scope = MutableMapping[str, Any]
@@ -219,7 +219,7 @@ class Proxy:
                 rest = data
                 continue
             events, rest = data[:end], data[end:]
-            if aborted(events) or (not exchange.is_started and events == _EMPTY_STREAM):
+            if aborted_in(events) or (not exchange.is_started and events == _EMPTY_STREAM):
                 await exchange.break_off(Reason.ABORTED, "the engine aborted the request")
                 return
             if not exchange.is_started:
@@ -331,7 +331,7 @@ class _Exchange:
         return (
             self.is_started
             and events.endswith(b"\n\n")
-            and not aborted(events)
+            and not aborted_in(events)
             and self.client.write_event(events)
         )
 

@@ -1,6 +1,8 @@
 """Error bodies in the shape that the client's library expects. Pure."""
 
 import json
+import re
+from typing import Any
 
 from spark_llm.reason import Reason
 
@@ -56,18 +58,54 @@ def _error(path: str, status: int, reason: Reason, message: str) -> dict[str, ob
     return {"error": {"message": message, "type": kind, "param": None, "code": reason}}
 
 
-def aborted(body: bytes) -> bool:
+def aborted(answer: bytes) -> bool:
     """Whether an answer that says 200 was in truth cut off by the engine.
 
     vLLM 0.32.0 answers a request that arrives while it drains, or is aborted by it, with 200, no text and the finish
-    reason "abort" (v1/engine/core.py, ``_reject_add_in_shutdown``). In Anthropic's shape that is a null stop reason in
-    a finished message, in the Responses API the status "cancelled". Quotes in a model's own text are escaped in JSON,
-    so these bytes cannot come from it.
+    reason "abort" (v1/engine/core.py, ``_reject_add_in_shutdown``). In Anthropic's shape a finished message then has no
+    stop reason, in the Responses API the status is "cancelled". The same words in a tool's arguments mean nothing, so
+    what looks like it is parsed.
+
+    Args:
+        answer: the whole JSON of an answer that is not streamed.
     """
-    if b'"finish_reason":"abort"' in body or b'"status":"cancelled"' in body:
-        return True
-    return (
-        b'"stop_reason":null' in body
-        and b'"type":"message_start"' not in body
-        and (b'"type":"message_delta"' in body or b'"type":"message",' in body)
+    return _TELLTALE.search(answer) is not None and _cut_off(_parsed(answer))
+
+
+def aborted_in(events: bytes) -> bool:
+    """The same of a piece of a stream.
+
+    Args:
+        events: whole server-sent events; each is judged by itself.
+    """
+    return _TELLTALE.search(events) is not None and any(
+        _cut_off(_parsed(line[5:])) for line in events.split(b"\n") if line.startswith(b"data:")
     )
+
+
+_TELLTALE = re.compile(rb'"(?:abort|cancelled|message_delta)"|"type":\s*"message"')
+"""An answer without these is whole; most events of a stream are not parsed."""
+
+
+def _parsed(text: bytes) -> Any:  # noqa: ANN401  any JSON value
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _cut_off(value: Any) -> bool:  # noqa: ANN401  as above
+    match value:
+        case {"type": "message", **message}:
+            return not message.get("stop_reason")
+        case {"type": "message_delta", "delta": {**delta}}:
+            return not delta.get("stop_reason")
+        case {"object": "response", "status": status} | {"response": {"status": status}}:
+            return bool(status == "cancelled")
+        case {"choices": [*choices]}:
+            return any(
+                isinstance(choice, dict) and choice.get("finish_reason") == "abort"
+                for choice in choices
+            )
+        case _:
+            return False
