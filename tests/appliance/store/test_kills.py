@@ -12,7 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from spark_llm.commands import store as commands
+from spark_llm.errors import TryAgainError
+from spark_llm.store import Event, Failure, Note, Request, Store
 from spark_llm.store.layout import ModelFolder
+from spark_llm.store.process import fetch
+from spark_llm.store.progress import encode
+from typer import Typer
+from typer.testing import CliRunner
 
 from tests.hub import kill_rounds
 from tests.hub.pulls import FILES, MODEL, Puller
@@ -76,3 +83,55 @@ def test_a_killed_pull_takes_its_child_along(pull: Puller) -> None:
     pull.hub.faults.clear()
     pull.hub.released.set()
     assert pull().result.fetched_bytes < len(FILES["model.safetensors"])  # type: ignore[arg-type]  # bytes here
+
+
+@pytest.fixture
+def doomed(monkeypatch: pytest.MonkeyPatch, store: Store) -> Request:
+    """A request whose process is killed in the middle, as the kernel does when memory runs out."""
+    said = encode(Note("so far, so good"))
+    monkeypatch.setattr(
+        Request, "command", lambda _: ["/bin/sh", "-c", f"echo '{said}'; kill -9 $$"]
+    )
+    return Request(str(store.root), MODEL)
+
+
+def assert_silent(events: list[Event]) -> None:
+    last = events[-1]
+    assert isinstance(last, Failure)
+    assert (last.reason, last.exit_code) == ("aborted", 75)
+    assert "status -9" in last.message
+
+
+def test_a_killed_fetch_ends_with_a_failure(doomed: Request, store: Store) -> None:
+    """Whoever follows the events is told that there is no model, although the process could not say so."""
+    assert_silent(list(store.fetch(doomed)))
+
+
+@pytest.mark.anyio
+async def test_a_killed_fetch_ends_with_a_failure_for_the_service_too(doomed: Request) -> None:
+    """The service hears the same as the command line."""
+    assert_silent([event async for event in fetch(doomed)])
+
+
+@pytest.mark.usefixtures("doomed")
+def test_pull_fails_when_its_fetch_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command exits with 75, so that its unit tries again; a script reads the failure as the last line."""
+    monkeypatch.setenv("SPARK_LLM_PATHS__STATE", str(tmp_path))
+    app = Typer(pretty_exceptions_enable=False)
+    commands.register(app)
+    plain = CliRunner().invoke(app, ["pull", MODEL])
+    assert isinstance(plain.exception, TryAgainError)
+    script = CliRunner().invoke(app, ["pull", MODEL, "--json"])
+    assert script.exit_code == 75
+    assert json.loads(script.stdout.splitlines()[-1])["event"] == "failure"
+
+
+def test_pull_without_an_outcome_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events that end with neither result nor failure are no success."""
+    monkeypatch.setenv("SPARK_LLM_PATHS__STATE", str(tmp_path))
+    monkeypatch.setattr(Store, "fetch", lambda *_: iter([Note("hello")]))
+    app = Typer(pretty_exceptions_enable=False)
+    commands.register(app)
+    assert isinstance(CliRunner().invoke(app, ["pull", MODEL]).exception, TryAgainError)

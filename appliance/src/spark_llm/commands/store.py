@@ -85,11 +85,12 @@ def pull(  # noqa: PLR0913, PLR0917  typer: one parameter an option
             else:
                 show(event)
             last = event
-    if isinstance(last, Failure):
+    if not isinstance(last, Result):  # no outcome is no success: whoever started this must see that
+        failure = last if isinstance(last, Failure) else Failure.silent()
         if as_json:
-            raise typer.Exit(last.exit_code)
-        raise last.error()
-    if isinstance(last, Result) and not as_json:
+            raise typer.Exit(failure.exit_code)
+        raise failure.error()
+    if not as_json:
         if dry_run:
             fetched = f"would fetch {gigabytes(last.fetched_bytes)} of {gigabytes(last.bytes)}"
         else:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 
-from spark_llm.reason import Reason
 from spark_llm.store.progress import Event, Failure, Result, decode
 from spark_llm.store.request import Request
 
@@ -28,12 +27,7 @@ async def fetch(request: Request) -> AsyncGenerator[Event]:
             yield event
         await process.wait()
         if not ended:
-            yield Failure(
-                Reason.ABORTED,
-                f"the fetching process ended with status {process.returncode} and no word",
-                "Fetch again: finished files are kept.",
-                75,
-            )
+            yield Failure.silent(process.returncode)
     finally:
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):

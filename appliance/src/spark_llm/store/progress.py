@@ -122,6 +122,21 @@ class Failure:
         """The event for ``error``."""
         return cls(error.reason, error.message, error.hint, error.exit_code)
 
+    @classmethod
+    def silent(cls, status: int | None = None) -> "Failure":
+        """The event for a fetching process that ended before it said how it went, e.g. killed for want of memory.
+
+        Args:
+            status: as ``Popen.returncode``; None if it is not known.
+        """
+        known = "" if status is None else f" (status {status})"
+        return cls(
+            Reason.ABORTED,
+            f"the fetching process ended without a word{known}",
+            "Fetch again: finished files are kept.",
+            TryAgainError.exit_code,
+        )
+
 
 Event = Progress | Note | Result | Failure
 _KINDS: dict[str, type[Progress | Note | Result | Failure]] = {

@@ -12,7 +12,7 @@ from spark_llm.reason import Reason
 from spark_llm.store import durable, receipt, snapshots
 from spark_llm.store.hashing import Digests, hash_files
 from spark_llm.store.layout import ModelFolder, model_folders
-from spark_llm.store.progress import Event, decode
+from spark_llm.store.progress import Event, Failure, Result, decode
 from spark_llm.store.receipt import Receipt, RemoteFile
 from spark_llm.store.request import Request
 from spark_llm.store.stamp import Stamp
@@ -123,15 +123,21 @@ class Store:
     def fetch(self, request: Request) -> Iterator[Event]:
         """Events of a fetching process, started for ``request`` and stopped when the iterator is.
 
-        The last one is a ``Result`` or a ``Failure``.
+        The last one is a ``Result`` or a ``Failure``, whatever happens to the process.
         """
         process = subprocess.Popen(  # noqa: S603  our own module
             request.command(), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
         )
         assert process.stdout is not None  # noqa: S101  for the type checker: it is a pipe
+        ended = False
         try:
             for line in process.stdout:
-                yield decode(line)
+                event = decode(line)
+                ended = isinstance(event, Result | Failure)
+                yield event
+            process.wait()
+            if not ended:
+                yield Failure.silent(process.returncode)
         finally:
             process.terminate()
             process.stdout.close()
