@@ -35,6 +35,26 @@ def select(package: Path) -> None:
         _nix_env("--set", str(package))
 
 
+def go_back_to(package: Path) -> None:
+    """Make the newest generation of ``package`` current again; nothing happens if it is already.
+
+    The other generations keep their order, so that a later :func:`roll_back` does not lead to what was left now.
+
+    Raises:
+        SparkLlmError: it has no generation any more, or nix-env failed.
+    """
+    if current() == package.resolve():
+        return
+    numbers = [
+        int(link.name.removeprefix(f"{PROFILE.name}-").removesuffix("-link"))
+        for link in PROFILE.parent.glob(f"{PROFILE.name}-*-link")
+        if link.resolve() == package.resolve()
+    ]
+    if not numbers:
+        raise SparkLlmError(f"{package} has no generation of {PROFILE}", reason=Reason.NOT_FOUND)
+    _nix_env("--switch-generation", str(max(numbers)))
+
+
 def roll_back() -> Path:
     """Go back one generation; returns its package.
 

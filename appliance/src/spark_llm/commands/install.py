@@ -110,8 +110,9 @@ def uninstall(  # noqa: C901  as above
         typer.echo("nothing to do")
     if not dry_run:
         if changes and live:
-            names = [change.path.name for change in changes if change.path.parent == files.UNITS]
-            _run("systemctl", "disable", "--quiet", "--now", *(n for n in names if "@" not in n))
+            units = [change.path.name for change in changes if change.path.parent == files.UNITS]
+            if names := [name for name in units if "@" not in name]:  # none after a half-done one
+                _run("systemctl", "disable", "--quiet", "--now", *names)
         files.apply(prefix, changes)
         for path in disposable:
             shutil.rmtree(path)
@@ -153,12 +154,15 @@ def upgrade(
         generations.select(stored)
         _take_over(stored, timeout)
     except SparkLlmError as error:
-        typer.echo(f"the new version failed: {error.message}", err=True)
-        _take_over(generations.roll_back(), timeout)
+        typer.echo(f"the upgrade failed: {error.message}", err=True)
+        if generations.current() == before:  # never switched, or it is the same version
+            end = f"{before} stays installed"
+        else:
+            generations.go_back_to(before)
+            _take_over(before, timeout)
+            end = f"{before} serves again"
         raise SparkLlmError(
-            f"upgrade failed, {before} serves again",
-            reason=error.reason,
-            hint=f"The new version said: {error.message}",
+            f"upgrade failed, {end}", reason=error.reason, hint=f"It said: {error.message}"
         ) from error
     typer.echo(f"{stored} serves")
 
