@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Coroutine, Iterable
+from dataclasses import asdict
+from typing import Any
 
 from spark_llm.admission import Limits
 from spark_llm.argv import served_names
@@ -17,6 +19,7 @@ from spark_llm.profile import Profile, load_profile, profile_names
 from spark_llm.promises import Promises
 from spark_llm.reason import Reason
 from spark_llm.status import SERVING, TERMINAL, Bus, State, Status, StatusBoard
+from spark_llm.switchover import Switch
 
 _TICK_S = 1.0
 TICK_LIMIT_S = 5.0
@@ -24,27 +27,6 @@ TICK_LIMIT_S = 5.0
 _UNLOAD_LOOK_S = 5.0
 
 log = logging.getLogger("spark_llm.controller")
-
-
-@dataclass(frozen=True)
-class Switch:
-    """A change of the primary.
-
-    Attributes:
-        before: profile that was served.
-        after: profile that shall be.
-        outcome: ``running``; ``done``; ``returned`` to the one before; ``failed``, neither serves.
-        reason: why it was not done.
-        message: the same as a sentence.
-        hint: what to do.
-    """
-
-    before: str
-    after: str
-    outcome: str = "running"
-    reason: Reason = Reason.OK
-    message: str = ""
-    hint: str = ""
 
 
 class Controller:
@@ -150,7 +132,7 @@ class Controller:
             f"return to {before} if that fails",
         ]
 
-    def switch(self, name: str) -> "Switch":
+    def switch(self, name: str) -> Switch:
         """Begin to serve another profile as primary; the old one comes back if the new one is not proven.
 
         Returns:
@@ -161,32 +143,32 @@ class Controller:
             TryAgainError: another switch is under way.
         """
         profile = load_profile(name, self.folders.profiles)
-        if self.last_switch is not None and self.last_switch.outcome == "running":
+        if self.last_switch is not None and self.last_switch.running:
             raise TryAgainError("another switch is under way", reason=Reason.NOT_READY)
         self._refuse_while_stopping()
         self.last_switch = Switch(self.primary.profile.name, profile.name)
         self._switching = asyncio.create_task(self._switch(profile, self.last_switch))
         return self.last_switch
 
-    async def _switch(self, profile: Profile, switch: "Switch") -> None:
+    async def _switch(self, profile: Profile, switch: Switch) -> None:
         before = self.primary.profile
         self._bus.publish("switch", **asdict(switch))
-        failed = await self._replace_primary(profile)
-        if failed is None:
-            switch = replace(switch, outcome="done")
-        else:
-            log.error("%s did not become ready; returning to %s", profile.name, before.name)
-            back = await self._replace_primary(before)
-            serving = "serves again" if back is None else "does not start again either"
-            switch = replace(
-                switch,
-                outcome="returned" if back is None else "failed",
-                reason=failed.reason,
-                message=f"{profile.name} failed: {failed.message}; {before.name} {serving}",
-                hint=failed.hint,
-            )
-        self.last_switch = switch
-        self._bus.publish("switch", **asdict(switch))
+        ended = switch.broken_off(Reason.DRAINING, "the service stops")
+        try:
+            back = None
+            failed = await self._replace_primary(profile)
+            if failed is not None:
+                log.error("%s did not become ready; returning to %s", profile.name, before.name)
+                back = await self._replace_primary(before)
+            ended = switch.over(failed, back)
+        except Exception as error:
+            # A fault of ours: who waits for the switch must hear of it, and the next one must not be refused.
+            log.exception("internal error")
+            hint = "The log has the traceback; please report it."
+            ended = switch.broken_off(Reason.INTERNAL, repr(error), hint)
+        finally:
+            self.last_switch = ended
+            self._bus.publish("switch", **asdict(ended))
         self._start_pinned()
 
     async def _replace_primary(self, profile: Profile) -> Status | None:
@@ -214,7 +196,7 @@ class Controller:
         self._refuse_while_stopping()
         if profile.name == self.primary.profile.name:
             return self.primary
-        if self._switches(profile.name):
+        if self.last_switch is not None and self.last_switch.touches(profile.name):
             raise Reply(503, Reason.NOT_READY, "a switch is under way", retry_after_s=5)
         keeper = self.others.get(profile.name)
         if keeper is None or keeper.state in TERMINAL:
@@ -273,15 +255,6 @@ class Controller:
         if (leaving := self._unloading.get(name)) is not None:
             await asyncio.wait((leaving,))
 
-    def _switches(self, name: str) -> bool:
-        """Whether a switch that is under way may start or stop the profile ``name``."""
-        switch = self.last_switch
-        return (
-            switch is not None
-            and switch.outcome == "running"
-            and name in {switch.before, switch.after}
-        )
-
     def _has_turn(self, name: str) -> bool:
         """Whether the profile ``name`` may pass the start gate: the first model's memory comes before the others'."""
         return self.primary.profile.name == name or (
@@ -334,17 +307,15 @@ class Controller:
                 if task is not None:
                     task.cancel()
                     await asyncio.wait((task,))
-            await asyncio.gather(
-                *(
-                    keeper.drain(
-                        self._hurry,
-                        Reason.STOPPED_BY_USER,
-                        f"{keeper.queue.running} requests still run",
-                    )
-                    for keeper in self.keepers()
+            await _all(
+                keeper.drain(
+                    self._hurry,
+                    Reason.STOPPED_BY_USER,
+                    f"{keeper.queue.running} requests still run",
                 )
+                for keeper in self.keepers()
             )
-            await asyncio.gather(*(keeper.stop(self._hurry) for keeper in self.keepers()))
+            await _all(keeper.stop(self._hurry) for keeper in self.keepers())
             if self._unloading:
                 await asyncio.wait(self._unloading.values())
 
@@ -392,3 +363,10 @@ class Controller:
 
     def _tick(self) -> None:
         self._ticked_at = time.monotonic()
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Wait for all of ``work``; what fails is logged and keeps nothing else from its end."""
+    for result in await asyncio.gather(*work, return_exceptions=True):
+        if isinstance(result, Exception):
+            log.error("internal error", exc_info=result)

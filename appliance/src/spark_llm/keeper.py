@@ -9,7 +9,7 @@ from typing import Any
 
 from spark_llm import policy
 from spark_llm.argv import served_names
-from spark_llm.caches import Namespace  # noqa: TC001  one import list
+from spark_llm.caches import Namespace
 from spark_llm.config import Settings
 from spark_llm.errors import SparkLlmError
 from spark_llm.folders import Folders
@@ -203,16 +203,9 @@ class Keeper:
         with self._holding:  # the model and the caches are its own until it is gone
             run, self.run = self.run, None
             if run is not None:
-                stopping = asyncio.create_task(run.stop(self._settings.engine.stop_timeout_s))
-                hurried = asyncio.create_task(hurry.wait())
-                await asyncio.wait((stopping, hurried), return_when=asyncio.FIRST_COMPLETED)
-                if not stopping.done():
-                    await run.kill()
-                await stopping
-                hurried.cancel()
+                await run.stop(self._settings.engine.stop_timeout_s, hurry)
                 if self._sealed is not None:
-                    # with what was compiled since it was ready
-                    await asyncio.to_thread(self._sealed.seal)
+                    await _seal(self._sealed)  # with what was compiled since it was ready
         self._give_up()
 
     async def ask_canary(self) -> str:
@@ -245,7 +238,7 @@ class Keeper:
                     if not await self._after_failure(error):
                         break
         except SparkLlmError as error:
-            log.error("%s %s", error.message, error.hint)  # noqa: TRY400  for a person, no traceback
+            log.error("%s. %s", error.message, error.hint)  # noqa: TRY400  for a person, no traceback
             self._lacked = await asyncio.to_thread(self._preparation.lacking, self.profile)
             self.board.enter(State.BLOCKED, error.reason, error.message, hint=error.hint)
         except Exception as error:
@@ -289,7 +282,7 @@ class Keeper:
             await self.run.load(expected_s)
             self.board.enter(State.WARMING)
             log.info("the canary answered %r", await self.run.prove())
-            await asyncio.to_thread(prepared.namespace.seal)
+            await _seal(prepared.namespace)
             self._sealed = prepared.namespace
             took = time.monotonic() - started
             log.info("%s is ready after %.1f s", self.profile.name, took)
@@ -384,3 +377,14 @@ class Keeper:
             restart_budget=engine.restart_budget,
             restart_window_s=engine.restart_window_s,
         )
+
+
+async def _seal(namespace: Namespace) -> None:
+    """Vouch for the compile caches as they are.
+
+    Where that cannot be written down, the next start compiles again what is new since the last seal; no more is lost.
+    """
+    try:
+        await asyncio.to_thread(namespace.seal)
+    except OSError as error:
+        log.warning("the compile caches in %s cannot be sealed: %s", namespace.path, error.strerror)

@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import errno
 import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,10 @@ class Preparation:
         Raises:
             SparkLlmError: what is in the way, and what to do.
         """
+        with _full_disk_refused():
+            return await self._steps(profile, holding)
+
+    async def _steps(self, profile: Profile, holding: ExitStack) -> Prepared:
         self._board.enter(State.PREFLIGHT)
         self._tick()
         self._folders.make()
@@ -309,6 +314,22 @@ class Preparation:
 def fetch_request(settings: Settings, models: Path, model: str, revision: str) -> Request:
     """A request to the store with the service's settings."""
     return Request(root=str(models), model=model, revision=revision, **settings.store.model_dump())
+
+
+@contextlib.contextmanager
+def _full_disk_refused() -> Iterator[None]:
+    """Name a full disk, or a quota that is used up, as what it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        raise RefusedError(
+            f"there is no room{where}: {error.strerror}",
+            reason=Reason.NO_DISK,
+            hint="Free space, e.g. with `spark-llm cache clear` or `spark-llm rm`, then start again.",
+        ) from error
 
 
 def _on_hub(model: str) -> bool:

@@ -13,7 +13,7 @@ from spark_llm.config import Settings
 from spark_llm.engine import EngineProcess
 from spark_llm.errors import SparkLlmError
 from spark_llm.footprint import weigh
-from spark_llm.gateway.upstream import UnreachableError, Upstream, UpstreamError
+from spark_llm.gateway.upstream import NobodyListensError, Upstream, UpstreamError
 from spark_llm.high_water import Mark
 from spark_llm.prepare import Prepared
 from spark_llm.profile import Engine
@@ -215,18 +215,29 @@ class EngineRun:
         self._lowest = min(self._lowest, host.machine().available)
         await self._on_weight()
 
-    async def stop(self, grace_s: float) -> None:
-        """Stop the engine, by force after ``grace_s`` seconds, and wait until nothing of it is left."""
+    async def stop(self, grace_s: float, hurry: asyncio.Event) -> None:
+        """Stop the engine and wait until nothing of it is left.
+
+        Args:
+            grace_s: after that many seconds, by force.
+            hurry: once it is set, by force at once.
+        """
         stopping = asyncio.create_task(self._process.stop(grace_s))
+        hurrying = asyncio.create_task(self._kill_when(hurry))
         while not stopping.done():
             self._tick()
             await asyncio.wait((stopping,), timeout=_TICK_S)
+        hurrying.cancel()
         await self._close()
 
     async def kill(self) -> None:
         """As :meth:`stop`, at once."""
         await self._process.kill()
         await self._close()
+
+    async def _kill_when(self, hurry: asyncio.Event) -> None:
+        await hurry.wait()
+        await self._process.kill()
 
     async def _weigh_often(self) -> None:
         while self.alive:
@@ -257,7 +268,7 @@ class EngineRun:
     async def _scrape(self) -> policy.Socket:
         try:
             _, body = await self.upstream.get("/metrics", _PROBE_TIMEOUT_S)
-        except UnreachableError:
+        except NobodyListensError:
             return policy.Socket.REFUSED
         except TimeoutError:
             return policy.Socket.TIMED_OUT
