@@ -6,6 +6,7 @@ import faulthandler
 import fcntl
 import logging
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -68,6 +69,7 @@ def serve(
     """
     notifier = notify.connect()
     faulthandler.enable()  # the watchdog ends a stuck controller with SIGABRT: say where it was stuck
+    _raise_descriptor_limit()
     cgroup.divide()
     folders.make()
     accepted = reload.accepted_keys(folders)
@@ -168,6 +170,15 @@ def _say_where(door: _Door, *, encrypted: bool, settings: Settings) -> None:
                 settings.gateway.host,
                 settings.gateway.port,
             )
+
+
+def _raise_descriptor_limit() -> None:
+    """Take all descriptors that are allowed: a shell gives 1024, and every client needs two.
+
+    The engine inherits it, as it does under systemd; vLLM raises its own limit anyhow (``set_ulimit``).
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextlib.contextmanager

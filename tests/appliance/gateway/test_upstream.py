@@ -1,13 +1,23 @@
 """The client side against scripted bytes: what a real engine sends only when something is wrong."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+import os
+import resource
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import anyio
 import pytest
-from spark_llm.gateway.upstream import Response, UnreachableError, Upstream, UpstreamError
+from spark_llm import policy
+from spark_llm.gateway.upstream import (
+    NobodyListensError,
+    Response,
+    UnreachableError,
+    Upstream,
+    UpstreamError,
+)
+from spark_llm.run import EngineRun
 
 pytestmark = pytest.mark.anyio
 
@@ -19,6 +29,19 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, bool]]:
     """Production runs on uvloop, whose transports differ in detail."""
     return "asyncio", {"use_uvloop": request.param}
+
+
+@contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Within the block, this process can open nothing."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 class Script:
@@ -146,14 +169,34 @@ async def test_silence_is_a_timeout(short_path: Path) -> None:
             await script.lost.wait()
 
 
-async def test_nobody_there_is_unreachable(short_path: Path) -> None:
+async def test_nobody_there_is_told(short_path: Path) -> None:
     """A socket that is missing, or that nobody listens on, is told from an engine that broke off."""
     upstream = Upstream(short_path / "e.sock")
-    with pytest.raises(UnreachableError):
+    with pytest.raises(NobodyListensError):
         await upstream.get("/health", 5)
     (short_path / "e.sock").touch()
-    with pytest.raises(UnreachableError):
+    with pytest.raises(NobodyListensError):
         await upstream.get("/health", 5)
+
+
+async def test_own_want_of_descriptors_is_not_the_engines_fault(short_path: Path) -> None:
+    """A connection that this process could not make says nothing about who listens, and the next one goes through."""
+    async with engine(short_path, Script(SIZED)) as upstream:
+        with no_descriptors(), pytest.raises(UnreachableError) as caught:
+            await upstream.get("/health", 5)
+        assert not isinstance(caught.value, NobodyListensError)
+        assert await upstream.get("/health", 5) == (200, b"ok")
+
+
+async def test_only_a_refusal_counts_against_the_engine(short_path: Path) -> None:
+    """A scrape that lacks a descriptor of ours leaves open whether the engine lives; a refused one does not."""
+    run = EngineRun.__new__(EngineRun)  # a scrape needs nothing else of a run
+    run.upstream = Upstream(short_path / "e.sock")
+    assert await run._scrape() is policy.Socket.REFUSED
+    async with engine(short_path, Script(SIZED)) as run.upstream:
+        with no_descriptors():
+            assert await run._scrape() is policy.Socket.UNKNOWN
+        assert await run._scrape() is policy.Socket.ACCEPTED
 
 
 async def test_unread_answer_stops_the_engine_and_is_dropped(short_path: Path) -> None:

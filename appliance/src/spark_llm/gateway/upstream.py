@@ -32,7 +32,11 @@ class UpstreamError(Exception):
 
 
 class UnreachableError(UpstreamError):
-    """No connection to the engine could be made."""
+    """No connection to the engine could be made; whether the engine is to blame is open."""
+
+
+class NobodyListensError(UnreachableError):
+    """The engine's socket is gone, or nobody accepts on it."""
 
 
 class Response:
@@ -249,7 +253,8 @@ class Upstream:
             body: may be empty.
 
         Raises:
-            UnreachableError: the engine cannot be reached.
+            NobodyListensError: the engine is not there.
+            UnreachableError: it cannot be reached.
             UpstreamError: it broke off.
         """
         connection = self._take_idle() or await self._connect()
@@ -311,7 +316,11 @@ class Upstream:
                 _, connection = await loop.create_unix_connection(
                     lambda: _Connection(self._forget), str(self.socket)
                 )
-        except (OSError, TimeoutError) as error:
+        except (ConnectionRefusedError, FileNotFoundError) as error:
+            raise NobodyListensError(str(error)) from error
+        except (
+            OSError
+        ) as error:  # our own want of descriptors, a full queue of connections, a timeout
             raise UnreachableError(str(error) or "timeout") from error
         self._open.add(connection)
         return connection
