@@ -156,11 +156,16 @@ class Keeper:
 
     async def start_if_model_came(self) -> None:
         """Begin anew if it was blocked for want of a model and another process has brought one since."""
-        now = self.board.now
-        if (now.state, now.reason) != (State.BLOCKED, Reason.MODEL_MISSING) or self.working:
+        if not self._waits_for_model():
             return
-        if await asyncio.to_thread(self._preparation.lacking, self.profile) < self._lacked:
+        lacking = await asyncio.to_thread(self._preparation.lacking, self.profile)
+        if lacking < self._lacked and self._waits_for_model():  # it may have been stopped meanwhile
             self.start()
+
+    def _waits_for_model(self) -> bool:
+        now = self.board.now
+        blocked = (now.state, now.reason) == (State.BLOCKED, Reason.MODEL_MISSING)
+        return blocked and not self.working and self._stopping is None
 
     async def drain(self, hurry: asyncio.Event, reason: Reason, message: str) -> None:
         """Stop admitting, let running requests end within the drain timeout, cut those that do not."""

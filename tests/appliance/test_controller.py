@@ -1,0 +1,75 @@
+"""The controller and its keepers without engines: who may be started, unloaded, counted."""
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+from spark_llm.admission import Limits
+from spark_llm.config import Models, Settings
+from spark_llm.controller import Controller
+from spark_llm.folders import Folders
+from spark_llm.keeper import Keeper
+from spark_llm.prepare import Preparation
+from spark_llm.profile import Profile, load_profile, shipped_folder
+from spark_llm.reason import Reason
+from spark_llm.status import State
+
+pytestmark = pytest.mark.anyio
+
+
+class _Settled(Keeper):
+    """A keeper without an engine, which is ready as soon as it is started."""
+
+    def start(self) -> None:
+        self.board.enter(State.READY)
+        self.settled.set()
+
+
+def _profile(name: str) -> Profile:
+    demo = load_profile("demo", (shipped_folder(),))
+    return demo.model_copy(update={"name": name, "aliases": ()})
+
+
+def _controller(folder: Path, models: Models | None = None) -> Controller:
+    settings = Settings(models=models or Models())
+    return Controller(
+        settings, _profile("first"), Folders(folder, folder, folder, (folder,)), Limits()
+    )
+
+
+async def test_stopped_keeper_is_not_started_because_its_model_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A switch that comes while the store is looked at has the last word: no second engine beside the new one."""
+    monkeypatch.setattr("spark_llm.controller.Keeper", _Settled)
+    controller = _controller(tmp_path)
+    keeper = controller.primary
+    keeper.board.enter(State.BLOCKED, Reason.MODEL_MISSING)
+    looking, looked = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def lacking(*_: object) -> int:
+        loop.call_soon_threadsafe(looking.set)
+        looked.wait(10)
+        return -1
+
+    monkeypatch.setattr(Preparation, "lacking", lacking)
+    look = asyncio.create_task(keeper.start_if_model_came())
+    await looking.wait()
+    await keeper.stop(asyncio.Event(), Reason.OK)
+    looked.set()
+    await look
+    assert keeper.state is State.STOPPED
+
+
+async def test_keeper_is_started_because_its_model_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where nothing came between, a model that another process has brought starts the engine."""
+    monkeypatch.setattr("spark_llm.controller.Keeper", _Settled)
+    keeper = _controller(tmp_path).primary
+    keeper.board.enter(State.BLOCKED, Reason.MODEL_MISSING)
+    monkeypatch.setattr(Preparation, "lacking", lambda *_: -1)
+    await keeper.start_if_model_came()
+    assert keeper.state is State.READY
