@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from spark_llm import host, model_facts
 from spark_llm.config import Settings
@@ -19,6 +20,7 @@ from spark_llm.prepare import engine_python
 from spark_llm.profile import Profile
 from spark_llm.store.credentials import check_endpoint, read_token
 from spark_llm.switches import adjust
+from spark_llm.terminal import add_row
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -159,17 +161,19 @@ def show(profile: Profile, ledger: Ledger, console: Console | None = None) -> No
     """Print the ledger as a table with the verdict."""
     console = console or Console()
     each = " per node" if profile.nodes > 1 else ""
-    table = Table(title=f"{profile.name}: {profile.model}", title_justify="left")
+    table = Table(
+        title=Text(f"{profile.name}: {profile.model}", "table.title"), title_justify="left"
+    )
     table.add_column(f"memory{each}")
     table.add_column("GiB", justify="right")
     table.add_column("from")
     for line in ledger.lines:
-        table.add_row(line.name, _gib(line.size), line.source)
+        add_row(table, line.name, _gib(line.size), line.source)
     table.add_section()
-    table.add_row("needed", _gib(ledger.need_bytes), "")
-    table.add_row("kept for the host", _gib(ledger.machine.reserve), "memory.reserve_bytes")
-    table.add_row(
-        "available now", _gib(ledger.machine.available), f"of {_gib(ledger.machine.total)}"
+    add_row(table, "needed", _gib(ledger.need_bytes), "")
+    add_row(table, "kept for the host", _gib(ledger.machine.reserve), "memory.reserve_bytes")
+    add_row(
+        table, "available now", _gib(ledger.machine.available), f"of {_gib(ledger.machine.total)}"
     )
     console.print(table)
     if ledger.sequences:
@@ -179,7 +183,7 @@ def show(profile: Profile, ledger: Ledger, console: Console | None = None) -> No
     if ledger.longest_context is not None:
         console.print(f"Largest context that fits this machine: {ledger.longest_context} tokens.")
     for note in ledger.notes:
-        console.print(f"Note: {note}.")
+        console.print(f"Note: {note}.", markup=False, emoji=False)
     console.print(verdict(ledger))
 
 

@@ -7,9 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from spark_llm.keys import Key
 from spark_llm.profile import Profile
+from spark_llm.terminal import add_row
 
 _REFRESH_S = 1.0
 _COLOURS = {"ready": "green", "degraded": "yellow", "failed": "red", "blocked": "red"}
@@ -35,32 +37,32 @@ def status_table(code: int, status: dict[str, Any]) -> Table:
     """The status as two columns; an error body as its message."""
     table = Table.grid(padding=(0, 2))
     if code != 200:  # noqa: PLR2004  HTTP
-        table.add_row("error", str(status.get("error", {}).get("message", status)))
+        add_row(table, "error", str(status.get("error", {}).get("message", status)))
         return table
     state = str(status["state"])
     colour = _COLOURS.get(state, "cyan")
-    table.add_row("state", f"[{colour}]{state}[/] {status['message']}")
+    table.add_row("state", Text.assemble((state, colour), " ", str(status["message"])))
     if status["phase"] and state != "ready":
         eta = f", about {status['eta_s']:.0f} s left" if status["eta_s"] else ""
-        table.add_row("phase", f"{status['phase']}, {status['percent']} %{eta}")
+        add_row(table, "phase", f"{status['phase']}, {status['percent']} %{eta}")
     if status["reason"] != "ok":
-        table.add_row("reason", str(status["reason"]))
+        add_row(table, "reason", str(status["reason"]))
     if status["hint"]:
-        table.add_row("hint", str(status["hint"]))
-    table.add_row("profile", str(status["profile"]))
-    table.add_row("model", str(status["model"]))
+        add_row(table, "hint", str(status["hint"]))
+    add_row(table, "profile", str(status["profile"]))
+    add_row(table, "model", str(status["model"]))
     if status["engine_pid"]:
-        table.add_row("engine", f"process {status['engine_pid']}, run {status['run_id']}")
+        add_row(table, "engine", f"process {status['engine_pid']}, run {status['run_id']}")
     if status["speed"]:
-        table.add_row("speed", str(status["speed"]))
+        add_row(table, "speed", str(status["speed"]))
     if status["memory_peak_bytes"]:
         held, peak = (status[name] / 2**30 for name in ("memory_bytes", "memory_peak_bytes"))
-        table.add_row("memory", f"{held:.1f} GiB, at most {peak:.1f}")
+        add_row(table, "memory", f"{held:.1f} GiB, at most {peak:.1f}")
     if status["restarts"]:
         left = status["restarts_left"]
-        table.add_row("restarts", f"{status['restarts']}, {left} left")
+        add_row(table, "restarts", f"{status['restarts']}, {left} left")
     for index, line in enumerate(status["last_log"][-10:]):
-        table.add_row("last log" if index == 0 else "", _escaped(line))
+        add_row(table, "last log" if index == 0 else "", str(line))
     return table
 
 
@@ -68,7 +70,7 @@ def show_profiles(profiles: list[Profile]) -> None:
     """Print the catalogue."""
     table = Table("profile", "model", "engine", "context", "what it is", box=None)
     for item in profiles:
-        table.add_row(item.name, item.model, item.engine, f"{item.context:,}", item.description)
+        add_row(table, item.name, item.model, item.engine, f"{item.context:,}", item.description)
     Console().print(table)
 
 
@@ -80,9 +82,5 @@ def show_keys(keys: tuple[Key, ...]) -> None:
     table = Table("id", "name", "scope", "made", box=None)
     for key in keys:
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(key.created))
-        table.add_row(key.id, key.name, key.scope, made)
+        add_row(table, key.id, key.name, key.scope, made)
     Console().print(table)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -23,6 +23,7 @@ def list_namespaces(as_json: Json = False, config: Config = None) -> None:
 
     from spark_llm.caches import CacheRoot
     from spark_llm.store.plan import gigabytes
+    from spark_llm.terminal import add_row
 
     _, folders = load_store(config)
     entries = CacheRoot(folders.cache).entries()
@@ -37,8 +38,8 @@ def list_namespaces(as_json: Json = False, config: Config = None) -> None:
     for entry in entries:
         used = datetime.fromtimestamp(entry.used).astimezone().isoformat(" ", "minutes")
         state = ("sealed" if entry.sealed else "not sealed") + (", in use" if entry.in_use else "")
-        table.add_row(
-            entry.name, entry.model, gigabytes(entry.bytes), str(entry.files), used, state
+        add_row(
+            table, entry.name, entry.model, gigabytes(entry.bytes), str(entry.files), used, state
         )
     Console().print(table)
 

@@ -65,7 +65,7 @@ class _BarView:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Note):
-            self._bars.console.print(event.message, markup=False)
+            self._bars.console.print(event.message, markup=False, emoji=False)
         elif isinstance(event, Progress):
             if self._total is None:
                 self._total = self._bars.add_task("", total=event.total)
@@ -102,4 +102,4 @@ class _LineView:
                 self._print(event.status_line())
 
     def _print(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)

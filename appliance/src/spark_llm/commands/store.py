@@ -153,6 +153,7 @@ def models(as_json: Json = False, config: Config = None) -> None:
 
     from spark_llm.store import Store
     from spark_llm.store.plan import gigabytes
+    from spark_llm.terminal import add_row
 
     _, folders = load_store(config)
     stored = Store(folders.models).models()
@@ -170,8 +171,14 @@ def models(as_json: Json = False, config: Config = None) -> None:
     for model in stored:
         state = model.state + (", in use" if model.in_use else "")
         names = ", ".join(model.revisions)
-        table.add_row(
-            model.model, model.commit[:12], names, gigabytes(model.bytes), str(model.files), state
+        add_row(
+            table,
+            model.model,
+            model.commit[:12],
+            names,
+            gigabytes(model.bytes),
+            str(model.files),
+            state,
         )
     Console(width=None if sys.stdout.isatty() else 200).print(table)
 
