@@ -1,7 +1,8 @@
 """A stand-in for vLLM that shows faults on demand. Never the only proof: tests/e2e has the real engine.
 
 As a program it takes the place of the engine's interpreter (``stub_engine.py -m vllm... serve MODEL --uds PATH``) and
-misbehaves as ``STUB_FAULT`` says. As a module it is the same HTTP side for tests of the gateway.
+misbehaves as ``STUB_FAULT`` says; SIGUSR1 releases its answers to ``held``. As a module it is the same HTTP side for
+tests of the gateway.
 """
 
 import asyncio
@@ -35,7 +36,7 @@ class Stub:
         seen: bodies of all requests, newest last.
         headers: headers of the last request.
         aborted: set when a client's connection was closed before its answer ended.
-        proceed: streams named ``held`` wait for it after their first event.
+        proceed: answers to ``held`` wait for it, streams after their first event.
         flooded: events of 60 kB that ``flood`` has written so far, of ``FLOOD_EVENTS``.
         iterations: of the fake scheduler; does not move while ``frozen``, once a second while ``crawling``.
         started: when it began, on the monotonic clock.
@@ -133,8 +134,6 @@ class Stub:
                 await asyncio.sleep(0)
                 event = event[10:]
             await response.write(event)
-            if model == "slow":
-                await asyncio.sleep(0.5)
             if model == "endless":
                 while True:
                     await response.write(event)
@@ -163,6 +162,7 @@ async def _serve(socket: Path, fault: str) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set if fault != "deaf" else lambda: None)
+    loop.add_signal_handler(signal.SIGUSR1, stub.proceed.set)
     runner = await stub.start(socket)
     if fault == "crash-later":
         loop.call_later(0.5, os._exit, 0)

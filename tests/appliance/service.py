@@ -16,14 +16,18 @@ from typing import Any, Self, TypeVar
 
 T = TypeVar("T")
 REPOSITORY = Path(__file__).parents[2]
-STUB_PROFILE = """
+
+
+def stub_profile(fault: str = "", model: str = "demo", kv_cache_bytes: int = 2**20) -> str:
+    """A profile for the stub engine with ``fault``."""
+    return f"""
 description = "Stub engine"
 engine = "cpu"
-model = "demo"
+model = "{model}"
 context = 512
 max_num_seqs = 4
 max_num_batched_tokens = 512
-kv_cache_bytes = 1048576
+kv_cache_bytes = {kv_cache_bytes}
 
 [environment]
 STUB_FAULT = "{fault}"
@@ -166,11 +170,13 @@ def stub_python(folder: Path, build: str = "0.32.0+cpu") -> Path:
 
 
 @contextmanager
-def stub_service(folder: Path, fault: str = "", **settings: str) -> Iterator[Service]:
+def stub_service(
+    folder: Path, fault: str = "", *, kv_cache_bytes: int = 2**20, **settings: str
+) -> Iterator[Service]:
     """A service whose engine is the stub with ``fault``."""
     profiles = folder / "profiles"
     profiles.mkdir(exist_ok=True)
-    (profiles / "stub.toml").write_text(STUB_PROFILE.format(fault=fault))
+    (profiles / "stub.toml").write_text(stub_profile(fault, kv_cache_bytes=kv_cache_bytes))
     env = environment(
         folder,
         SPARK_LLM_PROFILE="stub",

@@ -14,7 +14,7 @@ from spark_llm.ledger import account
 from spark_llm.model_facts import local_model
 from spark_llm.profile import parse_profile
 
-from tests.appliance.service import STUB_PROFILE, Service, environment, service, stub_python
+from tests.appliance.service import Service, environment, service, stub_profile, stub_python
 from tests.hub.server import LocalHub, local_hub
 
 MODEL = "acme/tiny"
@@ -39,8 +39,7 @@ def _serving(
 ) -> Iterator[Service]:
     """A service with an empty state folder whose profile names ``model``."""
     (folder / "profiles").mkdir()
-    text = STUB_PROFILE.format(fault="").replace('"demo"', f'"{model}"')
-    text = text.replace("1048576", str(kv_cache_bytes))
+    text = stub_profile(model=model, kv_cache_bytes=kv_cache_bytes)
     (folder / "profiles" / "far.toml").write_text(text)
     env = environment(
         folder,
@@ -144,16 +143,16 @@ def test_model_that_cannot_fit_is_refused_with_the_ledger(short_path: Path) -> N
 
 def test_memory_that_returns_is_waited_for(short_path: Path) -> None:
     """With another program in the way the start waits and says what is short; once that has ended, it goes on."""
-    held = 1.5 * 2**30
-    code = f"held = bytearray({int(held)}); print(flush=True); input()"
+    held = 3 * 2**30  # a neighbour may take or give back half of it meanwhile
+    code = f"held = bytearray({held}); print(flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as hog:
         assert hog.stdout is not None
         hog.stdout.readline()
-        profile = parse_profile("far", STUB_PROFILE.format(fault=""), "the test")
+        profile = parse_profile("far", stub_profile(), "the test")
         need = account(profile, host.machine(), local_model(profile, short_path)).need_bytes
-        reserve = host.machine().available - need + int(held / 2)
+        reserve = host.machine().available - need + held // 2
         with _serving(
             short_path, model="demo", SPARK_LLM_MEMORY__RESERVE_BYTES=str(reserve)
         ) as running:
