@@ -41,7 +41,9 @@ def test_lists_show_names_to_the_letter(capsys: pytest.CaptureFixture[str]) -> N
 def test_the_ledger_shows_the_model_and_its_notes_to_the_letter() -> None:
     """A model may be any folder; notes quote files."""
     machine = Machine(128 * GIB, 120 * GIB, 16 * GIB)
-    known = PROFILE.model_copy(update={"memory": Memory(weights_bytes=GIB, weights_source="a guess")})
+    known = PROFILE.model_copy(
+        update={"memory": Memory(weights_bytes=GIB, weights_source="a guess")}
+    )
     account = replace(ledger.account(known, machine, None), notes=(FOREIGN,))
     console = Console(file=io.StringIO(), width=200)
     fit.show(PROFILE.model_copy(update={"model": FOREIGN}), account, console)
