@@ -9,6 +9,7 @@ from spark_llm.admission import Limits
 from spark_llm.config import Models, Settings
 from spark_llm.controller import Controller
 from spark_llm.folders import Folders
+from spark_llm.gateway.reply import Reply
 from spark_llm.keeper import Keeper
 from spark_llm.prepare import Preparation
 from spark_llm.profile import Profile, load_profile, shipped_folder
@@ -73,3 +74,14 @@ async def test_keeper_is_started_because_its_model_came(
     monkeypatch.setattr(Preparation, "lacking", lambda *_: -1)
     await keeper.start_if_model_came()
     assert keeper.state is State.READY
+
+
+async def test_asking_for_the_engine_is_not_using_it(tmp_path: Path) -> None:
+    """To be listed, scraped or turned away does not put off unloading; to be forwarded to does."""
+    keeper = _controller(tmp_path).primary
+    keeper.used_at = 1.0
+    with pytest.raises(Reply):
+        keeper.upstream()
+    assert keeper.used_at == 1.0
+    keeper.touch()
+    assert keeper.used_at > 1.0

@@ -47,7 +47,7 @@ class Keeper:
         board: its status.
         queue: who may go to its engine.
         run: the engine's current run; None between runs.
-        used_at: when a request last asked for it, on the monotonic clock, in seconds.
+        used_at: when a request was last forwarded to it, on the monotonic clock, in seconds.
         admitted: set once it has passed the start gate, or never will.
         settled: set once it is ready for the first time, or failed or blocked.
         waiting_to_load: requests that wait for that.
@@ -114,7 +114,6 @@ class Keeper:
             Reply: 503 with the phase otherwise.
         """
         now = self.board.now
-        self.used_at = time.monotonic()
         if now.state in SERVING and self.run is not None:
             return self.run.upstream
         if now.state in {State.DRAINING, State.STOPPING, State.STOPPED}:
@@ -126,6 +125,10 @@ class Keeper:
             f"not ready: {now.state}" + (f", {detail}" if detail else ""),
             retry_after_s=self.retry_after_s(),
         )
+
+    def touch(self) -> None:
+        """It is used: this puts off unloading it."""
+        self.used_at = time.monotonic()
 
     def retry_after_s(self) -> int:
         """When asking again is worth it, in seconds."""

@@ -319,3 +319,17 @@ async def _client_that_does_not_read(running: Running) -> asyncio.StreamWriter:
         before = running.stub.flooded
         await asyncio.sleep(0.3)
     return writer
+
+
+async def test_forwarded_requests_count_as_use(
+    running: Running, client: aiohttp.ClientSession
+) -> None:
+    """A request that is forwarded puts off unloading its engine; a list of all models does not."""
+    running.keeper.used_at = 0.0
+    running.gateway._controller.others["other"] = running.keeper
+    async with client.get("/v1/models") as answer:
+        assert len((await answer.json())["data"]) == 2
+    assert running.keeper.used_at == 0.0
+    async with client.post(CHAT, json={"model": "demo"}) as answer:
+        assert answer.status == 200
+    assert running.keeper.used_at > 0.0

@@ -117,12 +117,8 @@ class Gateway:
         listed: list[Any] = []
         for keeper in self._controller.keepers():
             with contextlib.suppress(Reply, UpstreamError, TimeoutError, ValueError, LookupError):
-                used_at = (
-                    keeper.used_at
-                )  # to be listed is not to be used: it must not put off unloading
                 _, body = await keeper.upstream().get("/v1/models", _SCRAPE_TIMEOUT_S)
                 listed += json.loads(body)["data"]
-                keeper.used_at = used_at
         await JSONResponse({"object": "list", "data": listed})(scope, receive, send)
 
     async def _livez(self, _: Request) -> Response:

@@ -69,6 +69,9 @@ class Seat(Protocol):
             Reply: 503 while it is not.
         """
 
+    def touch(self) -> None:
+        """A request goes to it now."""
+
 
 class Engines(Protocol):
     """What the data path asks of the controller."""
@@ -179,8 +182,10 @@ class Proxy:
         seat = await self._engines.load(exchange.model)
         seat.upstream()  # no place in the queue while nothing is ready
         async with seat.queue.place(exchange.client_key, exchange.patience_s):
+            upstream = seat.upstream()
+            seat.touch()
             with self._scheduling:
-                await self._ask(exchange, seat.upstream(), body)
+                await self._ask(exchange, upstream, body)
 
     async def _ask(self, exchange: "_Exchange", upstream: Upstream, body: bytes) -> None:
         waiting = time.perf_counter()
