@@ -15,7 +15,6 @@ another engine has the namespace), ``seal`` once it is ready and again after a c
 says so.
 """
 
-import fcntl
 import shutil
 import time
 import tomllib
@@ -32,7 +31,7 @@ from spark_llm.errors import ConfigError
 from spark_llm.manifest import Manifest, to_json
 from spark_llm.reason import Reason
 from spark_llm.store import durable
-from spark_llm.store.lock import BusyError, Lock
+from spark_llm.store.lock import BusyError, Lock, take
 from spark_llm.store.stamp import Stamp, hash_stamped, stamp_tree
 
 _NAME_LENGTH = 16
@@ -172,7 +171,7 @@ class Namespace:
                 verdict = Verdict(State.SHARED, "compile cache shared with an engine that runs")
             else:
                 verdict = self.prepare()
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
+                take(descriptor, shared=True)
             yield verdict
 
     def _make_folders(self) -> None:

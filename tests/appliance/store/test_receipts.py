@@ -21,7 +21,7 @@ from spark_llm.reason import Reason
 from spark_llm.store import plan, receipt, snapshots
 from spark_llm.store.hashing import GIT_LIMIT, Hasher, hash_file, hash_files
 from spark_llm.store.layout import Incoming, ModelFolder, folder_name
-from spark_llm.store.lock import BusyError, Lock
+from spark_llm.store.lock import BusyError, Lock, take
 from spark_llm.store.progress import (
     Failure,
     Meter,
@@ -367,6 +367,40 @@ def test_a_killed_owner_leaves_no_lock(tmp_path: Path) -> None:
     with lock.hold("rm"):
         pass
     assert lock.held() is None
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_who_looks_at_a_lock_is_in_nobodys_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """Lists and doctor look at locks at any moment; a start in the middle of that look gets its lock."""
+    lock = Lock(tmp_path / "lock", "thing")
+    with lock.hold("made"):
+        pass
+    taken: list[int] = []
+    close = os.close
+
+    def start_meanwhile(looked_with: int) -> None:
+        monkeypatch.setattr(os, "close", close)
+        with lock.hold("serving", shared=shared) as descriptor:
+            taken.append(descriptor)
+        close(looked_with)
+
+    monkeypatch.setattr(os, "close", start_meanwhile)
+    assert lock.held() is None
+    assert len(taken) == 1
+
+
+def test_an_owner_who_lets_others_in_is_still_seen(tmp_path: Path) -> None:
+    """A lock that was taken alone and then shared admits readers, refuses a writer, and counts as held."""
+    lock = Lock(tmp_path / "lock", "thing")
+    with lock.hold("alone") as descriptor:
+        take(descriptor, shared=True)
+        with lock.hold("reader", shared=True):
+            pass
+        with pytest.raises(BusyError), lock.hold("rm"):
+            pass
+        assert lock.held() is not None
 
 
 def test_a_lock_file_is_for_everybody_who_may_write_its_folder(tmp_path: Path) -> None:

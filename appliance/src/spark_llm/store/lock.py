@@ -1,7 +1,9 @@
 """Locks between processes, with the owner's pid and reason.
 
-A lock is a file held with flock(2): the kernel lets go of it when its owner dies, however it dies, so there is no stale
-lock to break. What the file says about its owner is for people; it never decides anything.
+A lock is a file held with an open file description lock (fcntl(2), F_OFD_SETLK): the kernel lets go of it when its
+owner dies, however it dies, so there is no stale lock to break. Unlike flock(2) it can be asked about without being
+taken (F_OFD_GETLK): whoever only looks, as lists do, never stands in the way of a start. What the file says about its
+owner is for people; it never decides anything.
 """
 
 import contextlib
@@ -10,6 +12,7 @@ import fcntl
 import json
 import os
 import stat
+import struct
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -84,8 +87,7 @@ class Lock:
         Raises:
             BusyError: somebody else has it and ``wait`` is False.
         """
-        mode = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
-        descriptor, writable = self._locked(mode, shared=shared)
+        descriptor, writable = self._locked(shared=shared, wait=wait)
         try:
             if writable:
                 _write(descriptor, Owner(os.getpid(), reason, time.time()))
@@ -94,7 +96,7 @@ class Lock:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def _locked(self, mode: int, *, shared: bool) -> tuple[int, bool]:
+    def _locked(self, *, shared: bool, wait: bool) -> tuple[int, bool]:
         """A locked descriptor (or -1) of the file that has the path's name now, and whether it may be written."""
         while True:
             writable = True
@@ -108,7 +110,7 @@ class Lock:
                 if descriptor < 0:
                     return descriptor, writable
             try:
-                fcntl.flock(descriptor, mode)
+                take(descriptor, shared=shared, wait=wait)
                 if _has_name(descriptor, self.path):
                     return descriptor, writable
             except OSError as error:
@@ -132,12 +134,32 @@ class Lock:
         except OSError:
             return None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return self.owner() or Owner(0, "unknown", 0.0)
+            asked = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _whole_file(fcntl.F_WRLCK))
         finally:
             os.close(descriptor)
-        return None
+        if (
+            _FLOCK.unpack(asked)[0] == fcntl.F_UNLCK
+        ):  # nothing would stand in an exclusive owner's way
+            return None
+        return self.owner() or Owner(0, "unknown", 0.0)
+
+
+def take(descriptor: int, *, shared: bool, wait: bool = False) -> None:
+    """Lock the file of ``descriptor``, or turn the lock it has into the other kind at once.
+
+    Raises:
+        OSError: somebody else has it and ``wait`` is False (EAGAIN or EACCES).
+    """
+    command = fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK
+    fcntl.fcntl(descriptor, command, _whole_file(fcntl.F_RDLCK if shared else fcntl.F_WRLCK))
+
+
+_FLOCK = struct.Struct("hhqqi0q")
+"""``struct flock`` of 64-bit Linux: type, whence, start, length, pid."""
+
+
+def _whole_file(kind: int) -> bytes:
+    return _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0)
 
 
 def _open(path: Path) -> int:
