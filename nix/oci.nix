@@ -25,16 +25,14 @@ dockerTools.streamLayeredImage {
     dockerTools.caCertificates
   ];
 
-  # Not root inside either. 2000:0 is what vLLM's own image uses, so its volumes keep working.
+  # Not root inside either. 2000:0 is what vLLM's own image uses, so its volumes keep working. It owns nothing: `uid` and
+  # `gid` here would give it the store layers as well (nixpkgs' stream_layered_image.py), its own code among them. These
+  # folders are root's, and it may write them as group 0.
   extraCommands = ''
     mkdir -p tmp var/lib/spark-llm var/cache/spark-llm
     chmod 1777 tmp
     chmod 0775 var/lib/spark-llm var/cache/spark-llm
   '';
-  uid = 2000;
-  gid = 0;
-  uname = "spark-llm";
-  gname = "root";
 
   config = {
     Entrypoint = [ (lib.getExe spark-llm) ];

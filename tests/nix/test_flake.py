@@ -161,6 +161,12 @@ def test_image_is_configured() -> None:
     assert config["Labels"]["org.opencontainers.image.version"] == "0.1.0"
 
 
+def test_image_is_not_its_users() -> None:
+    """The store in the image is root's: a service that could write its own code would keep what breaks into it."""
+    owner = nix_eval("packages.aarch64-linux.oci", "--json", "--apply", "p: [ p.uid p.gid ]")
+    assert json.loads(owner) == [0, 0]
+
+
 def test_nixos_module() -> None:
     """A system with the service gets its users, port and credentials; the hub token goes to the fetch units alone."""
     out = run_nix(

@@ -558,6 +558,8 @@ let
         mkDerivation {
           name = "stream-${name}";
           config = builtins.toJSON config;
+          # Owner of the store layers (stream_layered_image.py, apply_filters); what extraCommands make is root's.
+          inherit uid gid;
           contents = map toString contents;
           dontUnpack = true;
           installPhase = ''printf '%s' "$config" >$out'';
