@@ -35,7 +35,10 @@ def _profile(name: str) -> Profile:
 def _controller(folder: Path, models: Models | None = None) -> Controller:
     settings = Settings(models=models or Models())
     return Controller(
-        settings, _profile("first"), Folders(folder, folder, folder, (folder,)), Limits()
+        settings,
+        _profile("first"),
+        Folders(folder, folder, folder, (folder, shipped_folder())),
+        Limits(),
     )
 
 
@@ -85,3 +88,23 @@ async def test_asking_for_the_engine_is_not_using_it(tmp_path: Path) -> None:
     assert keeper.used_at == 1.0
     keeper.touch()
     assert keeper.used_at > 1.0
+
+
+async def test_retry_of_a_failed_model_takes_its_own_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request for a model that failed starts it anew where it was: no healthy model is unloaded for it."""
+    monkeypatch.setattr("spark_llm.controller.Keeper", _Settled)
+    controller = _controller(tmp_path, Models(on_demand=True, max_loaded=3))
+    for name, state, used_at in (("b", State.READY, 1.0), ("a", State.FAILED, 2.0)):
+        keeper = controller.others[name] = controller._keeper(_profile(name))
+        keeper.board.enter(state)
+        keeper.used_at = used_at
+    failed = controller.others["a"]
+    again = await controller._load_beside(_profile("a"))
+    assert again is not failed
+    assert again.profile.name == "a"
+    assert {name: keeper.state for name, keeper in controller.others.items()} == {
+        "a": State.READY,
+        "b": State.READY,
+    }

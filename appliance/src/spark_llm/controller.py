@@ -199,7 +199,10 @@ class Controller:
         if self.last_switch is not None and self.last_switch.touches(profile.name):
             raise Reply(503, Reason.NOT_READY, "a switch is under way", retry_after_s=5)
         keeper = self.others.get(profile.name)
-        if keeper is None or keeper.state in TERMINAL:
+        if keeper is not None and keeper.state in TERMINAL:
+            del self.others[profile.name]  # it has no engine; its place is for its successor
+            keeper = None
+        if keeper is None:
             if len(self.others) + 1 >= models.max_loaded and not self._make_room():
                 raise Reply(
                     503,
@@ -227,16 +230,21 @@ class Controller:
         """Unload the other model that was idle longest; False if all are in use or pinned."""
         idle = [
             keeper
-            for name, keeper in self.others.items()
-            if name not in self.settings.models.pinned
-            and keeper.queue.idle.is_set()
-            and not keeper.waiting_to_load
-            and keeper.state in SERVING | TERMINAL
+            for keeper in self.others.values()
+            if self._spared(keeper) and keeper.state in SERVING | TERMINAL
         ]
         if not idle:
             return False
         self._unload(min(idle, key=lambda keeper: keeper.used_at))
         return True
+
+    def _spared(self, keeper: Keeper) -> bool:
+        """Whether nobody uses it, waits for it or has pinned it."""
+        return (
+            keeper.profile.name not in self.settings.models.pinned
+            and keeper.queue.idle.is_set()
+            and not keeper.waiting_to_load
+        )
 
     def _unload(self, keeper: Keeper) -> None:
         name = keeper.profile.name
@@ -266,10 +274,9 @@ class Controller:
         ttl = self.settings.models.ttl_s
         while ttl:
             await asyncio.sleep(min(ttl, _UNLOAD_LOOK_S))
-            for name, keeper in list(self.others.items()):
+            for keeper in list(self.others.values()):
                 unused = time.monotonic() - keeper.used_at
-                idle = keeper.queue.idle.is_set() and keeper.state in SERVING
-                if idle and unused >= ttl and name not in self.settings.models.pinned:
+                if self._spared(keeper) and keeper.state in SERVING and unused >= ttl:
                     self._unload(keeper)
 
     def _profile_named(self, model: str) -> Profile | None:
