@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from spark_llm import hardening, install
+from spark_llm.commands import install as commands
 
 UNITS = sorted(
     path.name
@@ -76,6 +77,17 @@ def test_hardening_page_is_current() -> None:
     """docs/reference/hardening.md is what the generator writes."""
     page = TREE / "docs" / "reference" / "hardening.md"
     assert page.read_text() == hardening.page(install.shipped_units())
+
+
+def test_uninstalling_removes_the_disposable_folders_of_the_units() -> None:
+    """What systemd makes for caches and logs is what `uninstall` removes, no more and no less."""
+    texts = [(install.shipped_units() / unit).read_text() for unit in UNITS]
+    made = {
+        f"/var/{folder}/{name}"
+        for setting, folder in (("CacheDirectory", "cache"), ("LogsDirectory", "log"))
+        for name in re.findall(rf"^{setting}=(.+)$", "\n".join(texts), re.MULTILINE)
+    }
+    assert made == set(commands.DISPOSABLE)
 
 
 def test_placeholders_are_the_documented_ones() -> None:

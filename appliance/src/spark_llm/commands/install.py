@@ -23,7 +23,8 @@ _ENABLED = (
     "spark-llm-driver.service",
 )
 _DATA = ("/var/lib/spark-llm", "/etc/spark-llm", "/etc/credstore")
-_DISPOSABLE = ("/var/cache/spark-llm", "/var/cache/spark-llm-fetch", "/var/log/spark-llm")
+DISPOSABLE = ("/var/cache/spark-llm", "/var/cache/spark-llm-fetch")
+"""What an uninstallation takes away beside the files: folders that systemd made for the units."""
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print every change and make none.")]
 Timeout = Annotated[float, typer.Option(help="Longest wait for tokens to be proven, in seconds.")]
@@ -98,7 +99,7 @@ def uninstall(  # noqa: C901  as above
         _need_root()
     changes = files.removal(prefix)
     disposable = [
-        prefix / path.lstrip("/") for path in _DISPOSABLE if (prefix / path.lstrip("/")).exists()
+        prefix / path.lstrip("/") for path in DISPOSABLE if (prefix / path.lstrip("/")).exists()
     ]
     if changes and live:
         typer.echo("stop and disable all units")
