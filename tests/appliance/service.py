@@ -171,7 +171,7 @@ def stub_python(folder: Path, build: str = "0.32.0+cpu") -> Path:
 
 @contextmanager
 def stub_service(
-    folder: Path, fault: str = "", *, kv_cache_bytes: int = 2**20, **settings: str
+    folder: Path, fault: str = "", kv_cache_bytes: int = 2**20, /, **settings: str
 ) -> Iterator[Service]:
     """A service whose engine is the stub with ``fault``."""
     profiles = folder / "profiles"

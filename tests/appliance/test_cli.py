@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from spark_llm import __version__
+import typer
+from spark_llm import __version__, cli
 
 from tests.appliance.service import environment, stub_service
 
@@ -20,6 +23,16 @@ def _run(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProce
         timeout=60,
         check=False,
     )
+
+
+def _commands(command: Any, *path: str) -> Iterator[tuple[tuple[str, ...], list[str | None]]]:  # noqa: ANN401  Typer's own click
+    """The command and all below it: the words that call each, its help and that of its parameters."""
+    yield path, [command.help, *(parameter.help for parameter in command.params)]
+    for name, below in getattr(command, "commands", {}).items():
+        yield from _commands(below, *path, name)
+
+
+COMMANDS = dict(_commands(typer.main.get_group(cli.app)))
 
 
 def test_version(tmp_path: Path) -> None:
@@ -80,12 +93,14 @@ def test_demo_model(tmp_path: Path) -> None:
     assert (tmp_path / "m" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("command", ["serve", "status", "switch", "pull", "fit", "doctor"])
-def test_help_of_every_command(tmp_path: Path, command: str) -> None:
-    """Each command explains itself."""
-    done = _run(tmp_path, command, "--help")
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: "-".join(("spark-llm", *path)))
+def test_help_of_every_command(tmp_path: Path, path: tuple[str, ...]) -> None:
+    """Each command explains itself, and each of its options and arguments."""
+    done = _run(tmp_path, *path, "--help")
     assert done.returncode == 0
     assert "Usage" in done.stdout
+    assert all(COMMANDS[path])
+    assert str(COMMANDS[path][0]).split()[0] in done.stdout
 
 
 def test_status_over_tls(short_path: Path) -> None:

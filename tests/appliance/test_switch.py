@@ -28,13 +28,13 @@ CHAT = "/v1/chat/completions"
 
 @contextmanager
 def _two_profiles(
-    folder: Path, other: str = "", *, kv_cache_bytes: int = 2**20, **settings: str
+    folder: Path, other: str = "", kv_cache_bytes: int = 2**20, /, **settings: str
 ) -> Iterator[Service]:
     (folder / "profiles").mkdir()
     (folder / "profiles" / "other.toml").write_text(
         stub_profile(other, kv_cache_bytes=kv_cache_bytes)
     )
-    with stub_service(folder, kv_cache_bytes=kv_cache_bytes, **settings) as running:
+    with stub_service(folder, "", kv_cache_bytes, **settings) as running:
         running.listening()
         running.wait_state("ready")
         yield running
@@ -240,7 +240,7 @@ def test_memory_is_promised_once(short_path: Path) -> None:
         "SPARK_LLM_MEMORY__RESERVE_BYTES": str(reserve),
     }
     (short_path / "state" / "high-water.json").mkdir(parents=True)  # nothing is learned
-    with _two_profiles(short_path, kv_cache_bytes=cache, **settings) as running:
+    with _two_profiles(short_path, "", cache, **settings) as running:
 
         def beside() -> dict[str, str]:
             found: dict[str, str] = running.status()["others"][0]
