@@ -67,3 +67,47 @@ async def test_garbage_is_a_400(running: Running) -> None:
     with anyio.fail_after(10):
         answer = await _talk(running.port, b"\x16\x03\x01 not http\r\n\r\n")
     assert answer.startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize("cut", [0, 70, 90])
+async def test_wish_for_another_protocol_is_ignored(running: Running, cut: int) -> None:
+    """A POST that offers h2c, as Java's HttpClient sends it, is answered like any other, body and all."""
+    body = b'{"model": "demo"}'
+    request = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings, close\r\n"
+        b"Upgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA\r\n"
+        b"Host: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    )
+    with anyio.fail_after(10):
+        answer = await _talk(running.port, request[:cut], request[cut:])
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert running.stub.seen == [{"model": "demo"}]
+
+
+async def test_blank_line_does_not_keep_a_connection(running: Running) -> None:
+    """A client that sends a blank line after its answer, and nothing more, is cut off like any that is slow."""
+    with anyio.fail_after(LIMITS.header_timeout_s + 10):
+        answer = await _talk(running.port, b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n", b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+async def test_pipelined_body_is_no_head(running: Running) -> None:
+    """The bound on heads does not count the body of a request that was sent before the last one was answered."""
+    body = b'{"model": "demo", "pad": "%b"}' % (b"x" * 2 * LIMITS.max_header_bytes)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n%bContent-Length: %d\r\n\r\n"
+    held = b'{"model": "held"}'
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+    with anyio.fail_after(10):
+        writer.write(head % (b"", len(held)) + held)
+        while not running.stub.running:
+            await asyncio.sleep(0.01)
+        request = head % (b"Connection: close\r\n", len(body)) + body
+        writer.write(request[:1000])
+        await asyncio.sleep(0)
+        running.stub.proceed.set()
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(request[1000:])
+        answer = await reader.read()
+    writer.close()
+    assert b"431" not in answer
+    assert answer.count(b"HTTP/1.1 200 ") == 1

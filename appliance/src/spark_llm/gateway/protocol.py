@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from spark_llm.gateway.upgrade import UpgradeFilter
 from spark_llm.gateway.wire import error_body
 from spark_llm.reason import Reason
 
@@ -33,6 +34,9 @@ class Client(Protocol):
     def watched(self, leave: Callable[[], object]) -> AbstractContextManager[None]:
         """Within the block, call ``leave`` when the client closes the connection, at once if it has done so already."""
 
+    def drop(self) -> None:
+        """Close the connection at once; what was not sent yet is lost."""
+
 
 def bounded_protocol(  # noqa: C901  one class, many small methods
     max_header_bytes: int, header_timeout_s: float
@@ -45,6 +49,10 @@ def bounded_protocol(  # noqa: C901  one class, many small methods
         _head_timer: asyncio.TimerHandle | None = None
         _lost = False
         _leave: Callable[[], object] | None = None
+
+        def __init__(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401  as in uvicorn
+            super().__init__(*arguments, **named)
+            self._lines = UpgradeFilter()
 
         def connection_made(self, transport: Any) -> None:  # noqa: ANN401  as in uvicorn
             super().connection_made(transport)
@@ -71,7 +79,11 @@ def bounded_protocol(  # noqa: C901  one class, many small methods
                         f"the request's head exceeds {max_header_bytes} bytes",
                     )
                     return
-            super().data_received(data)
+                if self._head_timer is None:  # a blank line before the next head begins no message
+                    self._await_head()
+                data = self._lines.feed(data)
+            if data:
+                super().data_received(data)
 
         def on_message_begin(self) -> None:
             self._in_head = True
@@ -102,9 +114,17 @@ def bounded_protocol(  # noqa: C901  one class, many small methods
             self._cancel_head_timer()
             super().on_headers_complete()
 
-        def on_response_complete(self) -> None:
+        def on_message_complete(self) -> None:
+            # From here, and not from the answer's end: a pipelined request may come while this one is answered.
             self._in_head = True
-            super().on_response_complete()
+            super().on_message_complete()
+
+        def drop(self) -> None:
+            self.transport.abort()
+
+        @property
+        def _answering(self) -> bool:
+            return self.cycle is not None and not self.cycle.response_complete
 
         def _await_head(self) -> None:
             self._head_timer = self.loop.call_later(header_timeout_s, self._too_slow)
@@ -116,6 +136,9 @@ def bounded_protocol(  # noqa: C901  one class, many small methods
 
         def _too_slow(self) -> None:
             self._head_timer = None
+            if self._answering:  # the head of the next request has its time after this answer
+                self._await_head()
+                return
             self._refuse(
                 408,
                 b"Request Timeout",
@@ -125,6 +148,9 @@ def bounded_protocol(  # noqa: C901  one class, many small methods
 
         def _refuse(self, status: int, phrase: bytes, reason: Reason, message: str) -> None:
             if self.transport.is_closing():
+                return
+            if self._answering:  # an error within the answer to another request would garble it
+                self.transport.close()
                 return
             body = error_body("", status, reason, message)
             self.transport.write(
