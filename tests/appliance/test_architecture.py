@@ -71,6 +71,33 @@ def test_gemma4_global_layers() -> None:
     assert shared == {window: 6, Attention(1, 64, 64): 2}
 
 
+def test_gemma4_layers_as_exceptions() -> None:
+    """What transformers 5 writes instead of two keys of the global layers is read as the same model."""
+    config = TINY["mixed_heads_shared"]
+    own = {"head_dim": config["global_head_dim"], "num_key_value_heads": 1}
+    rewritten = {key: value for key, value in config.items() if "global" not in key}
+    rewritten["per_layer_config"] = {"03": own, "7": own}
+    assert read_architecture(rewritten).layers == read_architecture(config).layers
+
+
+def test_gemma4_experts() -> None:
+    """Gemma 4 calls its active experts by a name of its own, which counts for the widest layer too."""
+    named = {"num_experts": 128, "top_k_experts": 8, "moe_intermediate_size": 704}
+    architecture = read_architecture(TINY["mixed_heads"] | named)
+    assert architecture.experts == Experts(128, 8)
+    assert architecture.widest == 8 * 704
+
+
+@pytest.mark.parametrize("shared", [0, 4])
+def test_gemma4_assistant_keeps_no_cache(shared: int) -> None:
+    """A draft that reads its target's cache has no layers to count; as a served model it would be refused."""
+    text = {"model_type": "gemma4_text", "num_hidden_layers": 4, "num_kv_shared_layers": shared}
+    config = {"model_type": "gemma4_assistant", "text_config": text}
+    assert read_architecture(config, draft=True).layers == ()
+    with pytest.raises(ConfigError, match="names no layers"):
+        read_architecture(config)
+
+
 def test_shared_cache() -> None:
     """Layers that read an earlier layer's cache keep none."""
     layers = dict(read_architecture(TINY["window"] | {"num_kv_shared_layers": 4}).layers)
@@ -90,6 +117,8 @@ def test_mtp_module() -> None:
         (TINY["dense"] | {"layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
         (TINY["mla"] | {"index_topk": 2048}, "indexer"),
         ({"model_type": "m", "layer_types": ["mamba"]}, "recurrent"),
+        (TINY["dense"] | {"num_experts": 8}, "num_experts_per_tok"),
+        ({"model_type": "m", "num_hidden_layers": 2}, "hidden_size"),
     ],
 )
 def test_unknown_is_refused(config: dict[str, Any], word: str) -> None:

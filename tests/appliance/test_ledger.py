@@ -273,6 +273,43 @@ def _gpt_oss(layers: int, experts: int) -> Architecture:
     )
 
 
+def _gemma(layers: int, heads: tuple[int, int, int], hidden: int, **more: int) -> Architecture:
+    """Shapes of a Gemma 4 model; ``heads``: query heads, KV heads, KV heads of the global layers."""
+    query, key_value, of_global = heads
+    return read_architecture(
+        {
+            "model_type": "gemma4",
+            "text_config": {
+                "model_type": "gemma4_text",
+                "num_hidden_layers": layers,
+                "layer_types": [*["sliding_attention"] * 5, "full_attention"] * (layers // 6),
+                "sliding_window": 1024,
+                "num_attention_heads": query,
+                "num_key_value_heads": key_value,
+                "num_global_key_value_heads": of_global,
+                "attention_k_eq_v": True,
+                "head_dim": 256,
+                "global_head_dim": 512,
+                "hidden_size": hidden,
+                "vocab_size": 262144,
+                **more,
+            },
+        }
+    )
+
+
+GEMMA_DRAFT = read_architecture(
+    {
+        "model_type": "gemma4_assistant",
+        "text_config": {
+            "model_type": "gemma4_text",
+            "layer_types": [*["sliding_attention"] * 3, "full_attention"],
+            "num_kv_shared_layers": 4,
+            "vocab_size": 262144,
+        },
+    },
+    draft=True,
+)
 QWEN_27 = _qwen3(
     "qwen3_5_text", 64, (24, 4, 256), 5120, intermediate_size=17408, vocab_size=248320,
     linear_num_value_heads=48, **_GDN,
@@ -292,7 +329,17 @@ QWEN_30 = _qwen3(
 KNOWN: dict[str, Architecture] = {
     # Shapes: defaults of transformers 5.19.0 for the model type or its named checkpoint; Qwen3.5-27B as in
     # docs/explanation/kernels.md; Qwen3.6 as Qwen3.5 of the same size; Qwen3-30B-A3B and gpt-oss-20b have the depth
-    # and experts of their model cards (48 of 128; 24 of 32).
+    # and experts of their model cards (48 of 128; 24 of 32). Gemma 4: google-deepmind/gemma, gm/nn/gemma4/_gemma4.py.
+    "gemma-4-26b-a4b-nvfp4": _gemma(
+        30,
+        (16, 8, 2),
+        2816,
+        intermediate_size=2112,
+        moe_intermediate_size=704,
+        num_experts=128,
+        top_k_experts=8,
+    ),  # fmt: skip
+    "gemma-4-31b-it-nvfp4": _gemma(60, (32, 16, 4), 5376, intermediate_size=21504),
     "gpt-oss-120b": _gpt_oss(36, 128),
     "gpt-oss-20b": _gpt_oss(24, 32),
     "minimax-m2.7-nvfp4": read_architecture(
@@ -335,7 +382,9 @@ def _smallest(profile: Profile) -> Machine:
 def test_shipped_cache_holds_what_its_profile_says(name: str) -> None:
     """A shipped profile's KV cache holds a whole context, as often as the comment beside it promises."""
     profile = load_profile(name, (shipped_folder(),))
-    model = Model(KNOWN[name], Weights(((Part.BODY, profile.memory.weights_bytes or GIB),)))
+    weights = Weights(((Part.BODY, profile.memory.weights_bytes or GIB),))
+    draft = GEMMA_DRAFT if name.startswith("gemma-4") else None
+    model = Model(KNOWN[name], weights, draft, Weights(()) if draft else None)
     ledger = account(profile, _smallest(profile), model)
     text = (shipped_folder() / f"{name}.toml").read_text()
     promised = re.search(r"kv_cache_bytes = .*?(\w+) sequences? of the whole context", text)

@@ -93,19 +93,33 @@ class Architecture:
     widest: int
 
 
-def read_architecture(config: Mapping[str, Any]) -> Architecture:
+def read_architecture(config: Mapping[str, Any], *, draft: bool = False) -> Architecture:
     """Architecture from a parsed config.json.
 
+    Args:
+        config: as in the file.
+        draft: of a draft model, which may keep no cache of its own (Gemma 4's assistant reads the target's).
+
     Raises:
-        ConfigError: a kind of layer that this cannot count; guessing would defeat the ledger.
+        ConfigError: a kind of layer that this cannot count, or a key that is missing; guessing would
+            defeat the ledger.
     """
     text: Mapping[str, Any] = config.get("text_config") or config.get("llm_config") or config
-    layers = Counter(_layers(text))
-    if not layers:
+    try:
+        return _read(config, text, draft=draft)
+    except KeyError as error:
+        raise _unknown(text, f"config.json has no {error.args[0]!r}") from error
+
+
+def _read(config: Mapping[str, Any], text: Mapping[str, Any], *, draft: bool) -> Architecture:
+    kinds = _kinds(text, int(text.get("num_hidden_layers") or 0))
+    # vLLM gives no layer of Gemma 4's assistant a cache, whatever its file says (gemma4_mtp.py).
+    shares_all = config.get("model_type") == "gemma4_assistant"
+    layers = Counter([] if shares_all else _layers(text, kinds))
+    if not layers and not (draft and kinds):
         raise _unknown(text, "it names no layers")
     heads = [layer for layer in layers if isinstance(layer, Attention) and not layer.window]
     drafts = int(_first(text, "mtp_num_hidden_layers", "num_nextn_predict_layers") or 0)
-    experts = int(_first(text, "num_experts", "num_local_experts", "n_routed_experts") or 0)
     dtype = _first(config, "dtype", "torch_dtype") or _first(text, "dtype", "torch_dtype")
     return Architecture(
         model_type=str(text.get("model_type", "")),
@@ -115,36 +129,51 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         state_dtype=_state_dtype(text),
         max_context=int(text.get("max_position_embeddings") or 0),
         tied_embeddings=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings"))),
-        experts=Experts(experts, int(text["num_experts_per_tok"])) if experts else None,
+        experts=_experts(text),
         vocabulary=int(text.get("vocab_size") or 0),
         hidden=int(text.get("hidden_size") or 0),
         widest=_widest(text),
     )
 
 
+_ACTIVE = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k")
+"""Names of an MoE's active experts, in vLLM's order (``get_num_experts_per_token``)."""
+
+
+def _experts(text: Mapping[str, Any]) -> Experts | None:
+    total = int(_first(text, "num_experts", "num_local_experts", "n_routed_experts") or 0)
+    if not total:
+        return None
+    active = _first(text, *_ACTIVE)
+    if active is None:
+        raise KeyError(_ACTIVE[0])
+    return Experts(total, int(active))
+
+
 def _widest(text: Mapping[str, Any]) -> int:
     dense = int(text.get("intermediate_size") or 0)
     # gpt-oss and MiniMax call an expert's width intermediate_size.
     expert = int(text.get("moe_intermediate_size") or dense)
-    routed = expert * int(text.get("num_experts_per_tok") or 0)
+    routed = expert * int(_first(text, *_ACTIVE) or 0)
     shared = int(text.get("shared_expert_intermediate_size") or 0)
     return max(dense, routed + shared)
 
 
-def _layers(text: Mapping[str, Any]) -> list[Layer]:
-    count = int(text.get("num_hidden_layers") or 0)
-    kinds = _kinds(text, count)
+def _layers(text: Mapping[str, Any], kinds: list[str]) -> list[Layer]:
     # Gemma 3n and 4 let the last layers read the cache of earlier ones.
     shared = int(text.get("num_kv_shared_layers") or 0)
     kept = kinds[: len(kinds) - shared] if shared else kinds
+    # transformers 5 writes Gemma 4's global heads as exceptions of single layers (configuration_gemma4.py).
+    exceptions = {int(at): keys for at, keys in (text.get("per_layer_config") or {}).items()}
     built: list[Layer] = []
-    for kind in kept:
+    for index, kind in enumerate(kept):
+        own = {**text, **exceptions.get(index, {})}
         if kind == "full_attention":
-            built.append(_full(text))
+            built.append(_full(own))
         elif kind == "sliding_attention":
-            built.append(_sliding(text))
+            built.append(_sliding(own))
         elif kind == "state":
-            built.append(_state(text))
+            built.append(_state(own))
         elif kind != "none":
             raise _unknown(text, f"layer type {kind!r}")
     return built

@@ -55,7 +55,10 @@ def read_model(folder: Path, draft: Path | None = None) -> Model:
     if draft is None:
         return Model(_architecture(folder), read_folder(folder))
     return Model(
-        _architecture(folder), read_folder(folder), _architecture(draft), read_folder(draft)
+        _architecture(folder),
+        read_folder(folder),
+        _architecture(draft, draft=True),
+        read_folder(draft),
     )
 
 
@@ -74,7 +77,7 @@ def known_model(profile: Profile, folder: Path, draft: Path | None = None) -> Mo
         raise
 
 
-def _architecture(folder: Path) -> Architecture:
+def _architecture(folder: Path, *, draft: bool = False) -> Architecture:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes())
@@ -84,7 +87,7 @@ def _architecture(folder: Path) -> Architecture:
             reason=Reason.MODEL_INCOMPLETE,
             hint="`spark-llm verify` checks the model's files.",
         ) from error
-    return read_architecture(config)
+    return read_architecture(config, draft=draft)
 
 
 def fetch_model(
@@ -106,7 +109,8 @@ def fetch_model(
     if speculative is None or not speculative.model:
         return Model(read_architecture(config), weights)
     draft_config, draft_weights = _fetch(speculative.model, speculative.revision, endpoint, token)
-    return Model(read_architecture(config), weights, read_architecture(draft_config), draft_weights)
+    draft = read_architecture(draft_config, draft=True)
+    return Model(read_architecture(config), weights, draft, draft_weights)
 
 
 def _fetch(
