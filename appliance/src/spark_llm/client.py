@@ -1,12 +1,11 @@
 """The command line's side of the service's own API."""
 
+import contextlib
 import http.client
 import json
 import os
 import ssl
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -19,53 +18,60 @@ from spark_llm.reason import Reason
 _TIMEOUT_S = 10.0
 
 
-def ask(settings: Settings, path: str, body: object = None) -> tuple[int, dict[str, Any]]:
-    """Status and JSON of a GET, or of a POST of ``body``.
+def ask(settings: Settings, path: str, key: str, body: object = None) -> dict[str, Any]:
+    """JSON of a GET, or of a POST of ``body``.
 
-    The API key comes from ``SPARK_LLM_API_KEY``; a command line would show it to every user of the machine.
+    The API key comes from ``SPARK_LLM_API_KEY``; a command line would show it to every user of the machine. It goes to
+    the service alone: neither a proxy nor a redirect is followed.
+
+    Args:
+        settings: where the service listens.
+        path: what to ask for.
+        key: what every answer to it has that is no error; another program's has not.
+        body: for JSON; None for a GET.
 
     Raises:
         TryAgainError: nobody listens there.
-        SparkLlmError: what listens is not spark-llm.
+        SparkLlmError: the service's own error, or what listens is not spark-llm.
     """
-    place = f"{_client_host(settings.gateway.host)}:{settings.gateway.port}"
+    host, port = _client_host(settings.gateway.host), settings.gateway.port
+    place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         try:
-            return _ask(f"http://{place}{path}", body, None)
+            code, sent = _exchange(http.client.HTTPConnection(host, port, _TIMEOUT_S), path, body)
         except (http.client.BadStatusLine, ConnectionResetError):
             # What answers there speaks TLS: the credential that says so is readable by the service alone.
-            return _ask(f"https://{place}{path}", body, _trust(settings))
-    except OSError as error:
-        if isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError):
-            raise SparkLlmError(
-                f"the certificate of {place} is not trusted: {error}",
-                reason=Reason.UNAUTHORIZED,
-                hint="Set gateway.tls_certificate to a file that this user may read.",
-            ) from error
-        raise TryAgainError(
-            f"no service answers at {place}",
-            reason=Reason.NOT_READY,
-            hint="Start it with `spark-llm serve` or `systemctl start spark-llm`.",
-        ) from error
+            trust = _trust(settings)
+            code, sent = _exchange(
+                http.client.HTTPSConnection(host, port, timeout=_TIMEOUT_S, context=trust),
+                path,
+                body,
+            )
+    except (OSError, http.client.HTTPException) as error:
+        raise _no_answer(error, place) from error
+    answer = _json(sent)
+    if key in answer:
+        return answer
+    raise _refusal(code, answer) or _not_ours(place)
 
 
-def _ask(url: str, body: object, trust: ssl.SSLContext | None) -> tuple[int, dict[str, Any]]:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310  http or https, see ask
+def _exchange(connection: http.client.HTTPConnection, path: str, body: object) -> tuple[int, bytes]:
+    headers = {"Content-Type": "application/json"}
     if key := os.environ.get("SPARK_LLM_API_KEY"):
-        request.add_header("Authorization", f"Bearer {key}")
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S, context=trust) as answer:  # noqa: S310
-            return answer.status, _json(answer.read(), url)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, _json(error.read(), url)
+        headers["Authorization"] = f"Bearer {key}"
+    with contextlib.closing(connection):
+        if body is None:
+            connection.request("GET", path, headers=headers)
+        else:
+            connection.request("POST", path, json.dumps(body), headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
 
 
 def _trust(settings: Settings) -> ssl.SSLContext:
     """Whom to believe: on loopback whoever listens, as with plain HTTP; elsewhere the usual roots and ours."""
     context = ssl.create_default_context()
-    if sockets.is_loopback(_client_host(settings.gateway.host).strip("[]")):
+    if sockets.is_loopback(_client_host(settings.gateway.host)):
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     elif settings.gateway.tls_certificate:
@@ -73,31 +79,67 @@ def _trust(settings: Settings) -> ssl.SSLContext:
     return context
 
 
-def tell(settings: Settings, path: str, body: object) -> dict[str, Any]:
-    """JSON of a POST that went well.
+def _no_answer(error: Exception, place: str) -> SparkLlmError:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return SparkLlmError(
+            f"the certificate of {place} is not trusted: {error}",
+            reason=Reason.UNAUTHORIZED,
+            hint="Set gateway.tls_certificate to a file that this user may read.",
+        )
+    # One that only closes the connection may be a forwarded port, with the service still to come behind it.
+    closed = isinstance(error, ssl.SSLEOFError)
+    if isinstance(error, OSError) and (closed or not isinstance(error, ssl.SSLError)):
+        return TryAgainError(
+            f"no service answers at {place}",
+            reason=Reason.NOT_READY,
+            hint="Start it with `spark-llm serve` or `systemctl start spark-llm`.",
+        )
+    return _not_ours(place)
 
-    Raises:
-        SparkLlmError: the service's own error; and as :func:`ask`.
-    """
-    code, answer = ask(settings, path, body)
-    if code >= HTTPStatus.BAD_REQUEST:
-        error = answer.get("error", {})
-        kind = ConfigError if code == HTTPStatus.BAD_REQUEST else SparkLlmError
-        raise kind(str(error.get("message", answer)), reason=Reason(error.get("code", "internal")))
-    return answer
+
+def _not_ours(place: str) -> SparkLlmError:
+    return SparkLlmError(
+        f"what answers at {place} is not spark-llm",
+        reason=Reason.PORT_IN_USE,
+        hint="Another program uses the port; set gateway.port.",
+    )
+
+
+def _refusal(code: int, answer: dict[str, Any]) -> SparkLlmError | None:
+    """The service's own error; None if this is not one."""
+    error = answer.get("error")
+    if not isinstance(error, dict) or error.get("code") not in set(Reason):
+        return None
+    kind = ConfigError if code == HTTPStatus.BAD_REQUEST else SparkLlmError
+    hint = "Set SPARK_LLM_API_KEY to a key." if code == HTTPStatus.UNAUTHORIZED else ""
+    return kind(str(error.get("message")), reason=Reason(error["code"]), hint=hint)
+
+
+def status(settings: Settings) -> dict[str, Any]:
+    """What the service is doing; errors as :func:`ask`."""
+    return ask(settings, "/api/v1/status", "restarts_left")
 
 
 def wait_switched(
     settings: Settings, say: Callable[[str], None], poll_s: float = 0.5
 ) -> dict[str, Any]:
-    """Wait until the last switch is over; returns it. Each new phase is told to ``say``."""
+    """Wait until the last switch is over; returns it. Each new phase is told to ``say``.
+
+    Raises:
+        SparkLlmError: the service was started anew meanwhile and knows of no switch; and as :func:`ask`.
+    """
     told = ""
     while True:
-        _, answer = ask(settings, "/api/v1/switch")
-        switch: dict[str, Any] = answer["switch"]
+        switch: dict[str, Any] | None = ask(settings, "/api/v1/switch", "switch")["switch"]
+        if switch is None:
+            raise SparkLlmError(
+                "the service was started anew before the switch was over",
+                reason=Reason.ABORTED,
+                hint="`spark-llm status` shows what it serves.",
+            )
         if switch["outcome"] != "running":
             return switch
-        _, now = ask(settings, "/api/v1/status")
+        now = status(settings)
         line = f"{now['profile']}: {now['state']}" + (f", {now['phase']}" if now["phase"] else "")
         if line != told:
             say(line)
@@ -106,29 +148,27 @@ def wait_switched(
 
 
 def wait_ready(settings: Settings, timeout_s: float, poll_s: float = 0.5) -> dict[str, Any]:
-    """Wait for ready; returns the last status.
+    """Wait for ready; returns the last answer of ``/readyz``.
 
     Raises:
         TryAgainError: not ready within ``timeout_s`` seconds.
-        SparkLlmError: it failed or is blocked, and says why.
+        SparkLlmError: it failed or is blocked, and says why; or what listens is not spark-llm.
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        body: dict[str, Any] = {}
         try:
-            code, body = ask(settings, "/readyz")
+            body = ask(settings, "/readyz", "ready")
         except TryAgainError:
             if time.monotonic() >= deadline:
                 raise
         else:
-            if code == 200:  # noqa: PLR2004  HTTP
+            if body["ready"]:
                 return body
             if body.get("state") in {"failed", "blocked"}:
-                _, status = ask(settings, "/startupz")
                 raise SparkLlmError(
-                    str(status.get("message") or body["state"]),
+                    str(body.get("message") or body["state"]),
                     reason=Reason(body["reason"]),
-                    hint=str(status.get("hint", "")),
+                    hint=str(body.get("hint", "")),
                 )
             if time.monotonic() >= deadline:
                 raise TryAgainError(
@@ -142,18 +182,13 @@ def wait_ready(settings: Settings, timeout_s: float, poll_s: float = 0.5) -> dic
 def _client_host(host: str) -> str:
     if host in {"0.0.0.0", "::"}:  # noqa: S104  where a server listens everywhere, a client asks loopback
         return "127.0.0.1"
-    return f"[{host}]" if ":" in host else host
+    return host
 
 
-def _json(body: bytes, url: str) -> dict[str, Any]:
+def _json(body: bytes) -> dict[str, Any]:
+    """An object; an empty one for whatever else it is."""
     try:
         value = json.loads(body)
     except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise SparkLlmError(
-            f"what answers at {url} is not spark-llm",
-            reason=Reason.PORT_IN_USE,
-            hint="Another program uses the port; set gateway.port.",
-        )
-    return value
+        return {}
+    return value if isinstance(value, dict) else {}

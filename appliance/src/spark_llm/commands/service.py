@@ -67,18 +67,22 @@ def status(
     """Show what the service is doing."""
     settings, _ = load(config)
     from spark_llm import client
+    from spark_llm.errors import SparkLlmError
     from spark_llm.status_view import show, show_until_interrupted
 
+    def look() -> tuple[int, dict[str, Any]]:
+        try:
+            return HTTPStatus.OK, client.status(settings)
+        except SparkLlmError as error:  # a restart, say: who watches wants to see how it goes on
+            said = f"{error.message}. {error.hint}" if error.hint else error.message
+            return HTTPStatus.SERVICE_UNAVAILABLE, {"error": {"message": said}}
+
     if watch:
-        show_until_interrupted(lambda: client.ask(settings, "/api/v1/status"))
-        return
-    code, body = client.ask(settings, "/api/v1/status")
-    if as_json:
-        print_json(body)
+        show_until_interrupted(look)
+    elif as_json:
+        print_json(client.status(settings))
     else:
-        show(code, body)
-    if code != HTTPStatus.OK:
-        raise typer.Exit(1)
+        show(HTTPStatus.OK, client.status(settings))
 
 
 def wait(
@@ -109,7 +113,7 @@ def switch(
     from spark_llm import client
 
     body: dict[str, Any] = {"profile": profile, "dry_run": dry_run}
-    answer = client.tell(settings, "/api/v1/switch", body)
+    answer = client.ask(settings, "/api/v1/switch", "steps" if dry_run else "switch", body)
     if dry_run:
         typer.echo(json.dumps(answer) if as_json else "\n".join(answer["steps"]))
         return

@@ -147,7 +147,13 @@ class Gateway:
         checks = self._controller.primary.checks()
         now = self._controller.board.now
         ready = all(check.ok for check in checks)
-        body: dict[str, Any] = {"ready": ready, "state": now.state, "reason": now.reason}
+        body: dict[str, Any] = {
+            "ready": ready,
+            "state": now.state,
+            "reason": now.reason,
+            "message": now.message,
+            "hint": now.hint,
+        }
         if "verbose" in request.query_params:
             body["checks"] = [
                 {
