@@ -1,9 +1,12 @@
+import json
 import stat
 from pathlib import Path
 
 import pytest
 from spark_llm import keys
+from spark_llm.commands.keys import app
 from spark_llm.errors import ConfigError, RefusedError
+from typer.testing import CliRunner
 
 
 def test_key_is_found_again_and_kept_nowhere(tmp_path: Path) -> None:
@@ -48,3 +51,41 @@ def test_damaged_file_never_opens_the_door(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError):
         keys.load(path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("id", 7),
+        ("name", None),
+        ("scope", "Admin"),
+        ("scope", "operator"),
+        ("salt", "zz"),
+        ("salt", "00" * 17),
+        ("hash", "é"),
+        ("hash", "00"),
+        ("created", "yesterday"),
+        ("expires", 0),
+    ],
+)
+def test_wrong_field_is_an_error_at_once(tmp_path: Path, field: str, value: object) -> None:
+    """A field that is none stops the start and names itself; as a key, it would end every request or lose a right."""
+    path = tmp_path / "keys.json"
+    key, _ = keys.add(path, "a", keys.ADMIN)
+    listed = json.loads(path.read_text())
+    path.write_text(json.dumps([{**listed[0], field: value}]))
+    with pytest.raises(ConfigError, match=rf"0\.{field}") as caught:
+        keys.load(path)
+    assert key.hash not in caught.value.message
+
+
+def test_an_empty_list_promises_nothing_about_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command knows its own file; keys of a systemd credential it cannot see may still guard the service."""
+    monkeypatch.setenv("SPARK_LLM_PATHS__STATE", str(tmp_path))
+    said = CliRunner().invoke(app, ["list"]).stdout
+    assert str(tmp_path) in said
+    assert "credential api-keys" in said
+    keys.add(tmp_path / "keys.json", "laptop", keys.INFERENCE)
+    assert "laptop" in CliRunner().invoke(app, ["list"]).stdout

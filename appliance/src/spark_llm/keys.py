@@ -9,13 +9,18 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar, Final, Literal
+
+from pydantic import ConfigDict, StringConstraints, TypeAdapter, ValidationError
 
 from spark_llm.errors import ConfigError, RefusedError
 from spark_llm.owner import not_yours
 from spark_llm.reason import Reason
 
 PREFIX = "sk-spark-"
-ADMIN, INFERENCE = "admin", "inference"
+Scope = Literal["admin", "inference"]
+ADMIN: Final = "admin"
+INFERENCE: Final = "inference"
 
 
 @dataclass(frozen=True)
@@ -31,16 +36,21 @@ class Key:
         created: Unix time in seconds.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid", strict=True)
+
     id: str
     name: str
-    scope: str
-    salt: str
-    hash: str
+    scope: Scope
+    salt: Annotated[str, StringConstraints(pattern="^[0-9a-f]{32}$")]
+    hash: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
     created: int
 
     def public(self) -> dict[str, str | int]:
         """What may be shown of it."""
         return {"id": self.id, "name": self.name, "scope": self.scope, "created": self.created}
+
+
+_FILE = TypeAdapter(tuple[Key, ...])
 
 
 def digest(token: str, salt: str) -> str:
@@ -61,25 +71,33 @@ def load(path: Path) -> tuple[Key, ...]:
     """All keys of the file; none if there is no file.
 
     Raises:
-        ConfigError: the file is damaged. It is never read as "no keys", which would open the door.
+        ConfigError: the file is damaged, or a field is none: better now than with every request. It is never read as
+            "no keys", which would open the door, and an unknown scope is never read as a lesser one.
     """
     try:
-        listed = json.loads(path.read_bytes())
-        if not isinstance(listed, list):
-            raise TypeError("it holds no list")  # noqa: TRY301  one place turns it into our error
-        return tuple(Key(**item) for item in listed)
+        return _FILE.validate_json(path.read_bytes())
     except FileNotFoundError:
         return ()
     except PermissionError:
         raise not_yours(path) from None
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{path} cannot be read as API keys: {error}",
-            hint="Restore it, or remove it and make new keys with `spark-llm keys add`.",
-        ) from error
+    except ValidationError as error:
+        # Where and why, not what: hashes have no business in a log.
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        why = f"{where}: {first['msg']}" if where else first["msg"]
+        raise _damaged(path, why) from None
+    except OSError as error:
+        raise _damaged(path, str(error)) from error
 
 
-def add(path: Path, name: str, scope: str) -> tuple[Key, str]:
+def _damaged(path: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be read as API keys: {why}",
+        hint="Restore it, or remove it and make new keys with `spark-llm keys add`.",
+    )
+
+
+def add(path: Path, name: str, scope: Scope) -> tuple[Key, str]:
     """Make a key; returns it and the token, which is kept nowhere."""
     keys = load(path)
     if any(key.name == name for key in keys):

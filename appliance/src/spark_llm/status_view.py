@@ -75,10 +75,7 @@ def show_profiles(profiles: list[Profile]) -> None:
 
 
 def show_keys(keys: tuple[Key, ...]) -> None:
-    """Print the keys, without the keys."""
-    if not keys:
-        Console().print("no keys: everybody who can reach the address is let in")
-        return
+    """Print the keys, without the keys; at least one."""
     table = Table("id", "name", "scope", "made", box=None)
     for key in keys:
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(key.created))

@@ -30,7 +30,7 @@ def add(
 
 @app.command("list")
 def list_keys(as_json: Json = False, config: Config = None) -> None:
-    """List API keys, without the keys."""
+    """List the API keys made here, without the keys; a service may have more from systemd, see /api/v1/keys."""
     _, folders = load_store(config)
     from spark_llm import keys
     from spark_llm.status_view import show_keys
@@ -38,8 +38,13 @@ def list_keys(as_json: Json = False, config: Config = None) -> None:
     found = keys.load(folders.keys)
     if as_json:
         print_json([key.public() for key in found])
-    else:
+    elif found:
         show_keys(found)
+    else:
+        typer.echo(
+            f"No keys in {folders.keys}. A service without the systemd credential api-keys either lets in everybody "
+            "who can reach it: this machine alone, unless gateway.insecure is set."
+        )
 
 
 @app.command()

@@ -41,8 +41,9 @@ class Gateway:
             self._metrics,
             max_body_bytes=settings.max_body_bytes,
             body_timeout_s=settings.header_timeout_s,
+            send_timeout_s=settings.send_timeout_s,
         )
-        self._operator = Operator(controller)
+        self._operator = Operator(controller, lambda: self.keys)
         self._small = Starlette(
             routes=self._routes(),
             exception_handlers={

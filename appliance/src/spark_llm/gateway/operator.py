@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -51,10 +51,18 @@ class FitRequest(BaseModel):
 
 
 class Operator:
-    """Handlers; keys and scopes are looked at before they are reached."""
+    """Handlers; keys and scopes are looked at before they are reached.
 
-    def __init__(self, controller: Controller) -> None:
+    Args:
+        controller: what is asked and told.
+        accepted: gives the API keys that count now, wherever they come from.
+    """
+
+    def __init__(
+        self, controller: Controller, accepted: Callable[[], tuple[keys.Key, ...]]
+    ) -> None:
         self._controller = controller
+        self._accepted = accepted
         store = Store(controller.folders.models)
         self._jobs = Jobs(
             store,
@@ -143,8 +151,7 @@ class Operator:
         return JSONResponse({"passed": True, "answer": answer})
 
     async def _keys(self, _: Request) -> Response:
-        found = keys.load(self._controller.folders.keys)
-        return JSONResponse({"keys": [key.public() for key in found]})
+        return JSONResponse({"keys": [key.public() for key in self._accepted()]})
 
 
 def reply_of(error: SparkLlmError) -> Reply:
