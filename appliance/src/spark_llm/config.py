@@ -47,6 +47,8 @@ class Gateway(_Section):
         max_body_bytes: largest request body, in bytes.
         max_header_bytes: largest request head, in bytes.
         header_timeout_s: time a client has to send its request's head and body, in seconds.
+        send_timeout_s: how long a client may take nothing of its answer before its request is aborted, in seconds; as
+            nginx's ``send_timeout``.
         max_running: requests handed to the engine at once.
         max_queue: requests that wait for one of those places; one more is answered 429.
         queue_timeout_s: longest wait for a place, in seconds.
@@ -61,6 +63,7 @@ class Gateway(_Section):
     max_body_bytes: Bytes = 32 * 2**20
     max_header_bytes: Annotated[int, Field(ge=4096)] = 64 * 2**10
     header_timeout_s: Seconds = 30.0
+    send_timeout_s: Seconds = 60.0
     max_running: Annotated[int, Field(ge=1)] = 256
     max_queue: Annotated[int, Field(ge=0)] = 256
     queue_timeout_s: Seconds = 60.0
@@ -181,7 +184,7 @@ class Models(_Section):
     """Models beside the first one.
 
     Attributes:
-        on_demand: load a profile when a request asks for its model.
+        on_demand: load a profile when a request asks for its model; the profiles are read at the start and on a reload.
         max_loaded: engines at once, the first one included; the ledger must allow each.
         max_waiting: requests that may wait for one model to load; one more is answered 429.
         ttl_s: unload a model that nobody asked for during this time, in seconds; 0 keeps it.

@@ -144,6 +144,20 @@ async def test_slow_client_slows_the_engine(running: Running) -> None:
     writer.transport.abort()
 
 
+async def test_client_that_takes_nothing_gives_its_place_back(
+    running: Running, client: aiohttp.ClientSession
+) -> None:
+    """A client that does not read for the whole send timeout is cut off, and the engine's request ends."""
+    running.gateway._proxy._send_timeout_s = 0.2
+    writer = await _client_that_does_not_read(running)
+    with anyio.fail_after(30):
+        await running.stub.aborted.wait()
+        await running.queue.idle.wait()
+        async with client.get("/metrics") as answer:
+            assert 'reason="timeout",status="499"' in await answer.text()
+    writer.close()
+
+
 async def test_hop_by_hop_headers_stay_on_their_hop(
     running: Running, client: aiohttp.ClientSession
 ) -> None:

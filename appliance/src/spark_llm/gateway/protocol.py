@@ -34,6 +34,10 @@ class Client(Protocol):
     def watched(self, leave: Callable[[], object]) -> AbstractContextManager[None]:
         """Within the block, call ``leave`` when the client closes the connection, at once if it has done so already."""
 
+    @property
+    def slow(self) -> bool:
+        """Whether so much waits for the client that the next ``send`` waits too."""
+
     def drop(self) -> None:
         """Close the connection at once; what was not sent yet is lost."""
 
@@ -93,7 +97,7 @@ def bounded_protocol(  # noqa: C901  one class, many small methods
             self.scope[CLIENT] = self  # type: ignore[literal-required]
 
         def write_event(self, data: bytes) -> bool:
-            if self.flow.write_paused or self.transport.is_closing():
+            if self.slow or self.transport.is_closing():
                 return False
             self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
             return True
@@ -118,6 +122,10 @@ def bounded_protocol(  # noqa: C901  one class, many small methods
             # From here, and not from the answer's end: a pipelined request may come while this one is answered.
             self._in_head = True
             super().on_message_complete()
+
+        @property
+        def slow(self) -> bool:
+            return self.flow.write_paused
 
         def drop(self) -> None:
             self.transport.abort()

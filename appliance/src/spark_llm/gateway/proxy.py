@@ -94,16 +94,18 @@ class Proxy:
         *,
         max_body_bytes: int,
         body_timeout_s: float,
+        send_timeout_s: float,
     ) -> None:
         self._engines = engines
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._body_timeout_s = body_timeout_s
+        self._send_timeout_s = send_timeout_s
         self._scheduling = Scheduling(len(os.sched_getaffinity(0)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        exchange = _Exchange(scope, send)
+        exchange = _Exchange(scope, send, self._send_timeout_s)
         try:
             exchange.check_method()
             body, exchange.model = await self._body(scope, receive)
@@ -111,8 +113,8 @@ class Proxy:
         except Reply as reply:
             exchange.reason = reply.reason
             await exchange.refuse(reply)
-        except _ClientGone:
-            exchange.status, exchange.reason = 499, Reason.ABORTED
+        except _ClientGone as gone:
+            exchange.status, exchange.reason = 499, gone.reason
             self._metrics.disconnects.inc()
         finally:
             self._metrics.requests.labels(
@@ -236,8 +238,10 @@ class Proxy:
         await exchange.send_body(rest, more=False)
 
 
-class _ClientGone(Exception):  # noqa: N818  not an error: the client left
-    pass
+class _ClientGone(Exception):  # noqa: N818  not an error: the client left, or takes nothing any more
+    def __init__(self, reason: Reason = Reason.ABORTED) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 def _aborted() -> Reply:
@@ -283,7 +287,7 @@ async def _model_named(body: bytes) -> str:
 class _Exchange:
     """One request and the state of its answer."""
 
-    def __init__(self, scope: Scope, send: Send) -> None:
+    def __init__(self, scope: Scope, send: Send, send_timeout_s: float) -> None:
         self.path: str = scope["path"]
         self.model = ""
         self.method: str = scope["method"]
@@ -299,6 +303,7 @@ class _Exchange:
         self.status = 0
         self.reason = Reason.OK
         self._send = send
+        self._send_timeout_s = send_timeout_s
         self.client: Client = scope[CLIENT]
 
     @property
@@ -341,7 +346,18 @@ class _Exchange:
         )
 
     async def send_body(self, data: bytes, *, more: bool) -> None:
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        message = {"type": "http.response.body", "body": data, "more_body": more}
+        if not self.client.slow:
+            await self._send(message)
+            return
+        try:
+            async with asyncio.timeout(self._send_timeout_s):
+                await self._send(message)
+        except (
+            TimeoutError
+        ):  # it would keep its place at the engine for as long as its connection lasts
+            self.client.drop()
+            raise _ClientGone(Reason.TIMEOUT) from None
 
     async def refuse(self, reply: Reply) -> None:
         body = error_body(self.path, reply.status, reply.reason, reply.message)
