@@ -207,6 +207,16 @@ def test_cache_too_small(kv: int, says: str) -> None:
         account(PROFILE.model_copy(update={"kv_cache_bytes": kv}), SPARK, MODEL)
 
 
+def test_cache_of_exactly_one_sequence() -> None:
+    """vLLM keeps one block to itself, so a cache without it is refused, and the hint's size is accepted."""
+    needed = kv_cache_bytes_for(PROFILE, MODEL, 1)
+    with pytest.raises(ConfigError, match="holds no sequence") as caught:
+        account(adjust(PROFILE, kv_cache_bytes=needed - 1), SPARK, MODEL)
+    proposed = int(re.findall(r"needs (\d+)", caught.value.message)[0])
+    assert proposed == needed
+    assert account(adjust(PROFILE, kv_cache_bytes=proposed), SPARK, MODEL).sequences > 1
+
+
 def test_hint_gives_a_context_that_fits() -> None:
     """The context that the refusal proposes is accepted."""
     small = PROFILE.model_copy(update={"kv_cache_bytes": GIB})
@@ -338,7 +348,7 @@ KNOWN: dict[str, Architecture] = {
         moe_intermediate_size=704,
         num_experts=128,
         top_k_experts=8,
-    ),  # fmt: skip
+    ),
     "gemma-4-31b-it-nvfp4": _gemma(60, (32, 16, 4), 5376, intermediate_size=21504),
     "gpt-oss-120b": _gpt_oss(36, 128),
     "gpt-oss-20b": _gpt_oss(24, 32),
@@ -393,7 +403,7 @@ def test_shipped_cache_holds_what_its_profile_says(name: str) -> None:
         least = next(
             n for word, n in zip(COUNTS, (*range(1, 9), 16), strict=True) if word == promised[1]
         )
-    assert ledger.sequences >= least
+    assert profile.kv_cache_bytes >= kv_cache_bytes_for(profile, model, least)
     assert ledger.fits_now
 
 

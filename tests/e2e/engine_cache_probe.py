@@ -3,6 +3,7 @@
 Run by the engine's own interpreter: ``python engine_cache_probe.py CASES.json FOLDER``.
 """
 
+import copy
 import gc
 import json
 import os
@@ -18,9 +19,26 @@ os.environ.update(
 from vllm import LLM
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.model_executor.models import registry
+from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
 # vLLM looks at each model class in a new process of 10 s; here this one may import them all.
 registry._run_in_subprocess = lambda inspect: inspect()
+
+
+def least_bytes(engine: LLM, high: int) -> int:
+    """Smallest cache that vLLM's own check accepts for one sequence of the whole context."""
+    core = engine.llm_engine.engine_core.engine_core
+    specs = core.model_executor.get_kv_cache_specs()
+    low = 0
+    while low + 1 < high:
+        middle = (low + high) // 2
+        config = engine.llm_engine.vllm_config
+        try:
+            get_kv_cache_configs(config, copy.deepcopy(specs), [middle])
+            high = middle
+        except ValueError:
+            low = middle
+    return high
 
 
 def main() -> None:
@@ -43,6 +61,7 @@ def main() -> None:
             "tokens": config.cache_config.kv_cache_size_tokens,
             "sequences": config.cache_config.kv_cache_max_concurrency,
             "in_flight": config.max_in_flight_tokens,
+            "least_bytes": least_bytes(engine, case["engine"]["kv_cache_memory_bytes"]),
         }
         del engine
         gc.collect()

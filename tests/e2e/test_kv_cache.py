@@ -77,6 +77,14 @@ def test_cache_is_counted_as_the_engine_counts_it(name: str, reported: dict[str,
     assert int(sequences * engine["max_model_len"]) == seen["tokens"]
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_smallest_cache_is_the_engines_own(name: str, reported: dict[str, Any]) -> None:
+    """The least that the ledger accepts for one whole context is, to the byte, the least that vLLM accepts."""
+    counted = ours(name, reported[name]["in_flight"])
+    needed = counted.bytes_for(CASES[name]["engine"]["max_model_len"])
+    assert needed == reported[name]["least_bytes"]
+
+
 def test_served_demo_has_the_cache_the_ledger_says(demo: Service, tmp_path: Path) -> None:
     """The engine behind a running service reports the blocks and the context that ``spark-llm fit demo`` counts."""
     profile = load_profile("demo", (shipped_folder(),))

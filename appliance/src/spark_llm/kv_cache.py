@@ -79,9 +79,13 @@ class Layout:
         """Blocks that a sequence of ``tokens`` holds at most."""
         return sum(self._blocks(group, tokens) for group in self.groups)
 
-    def bytes_per_sequence(self, tokens: int) -> int:
-        """Bytes that a sequence of ``tokens`` holds at most."""
-        return self.blocks_per_sequence(tokens) * self.block_bytes
+    def bytes_for(self, tokens: int, sequences: int = 1) -> int:
+        """Smallest cache in bytes that holds ``sequences`` of ``tokens`` at once.
+
+        vLLM keeps one block to itself (``BlockPool``'s null block) and starts with no less than one sequence
+        beside it (``kv_cache_utils.py``, ``get_kv_cache_configs``).
+        """
+        return (self.blocks_per_sequence(tokens) * sequences + 1) * self.block_bytes
 
     def bytes_per_token(self) -> float:
         """Growth per token of a long sequence: full attention only."""
@@ -89,20 +93,19 @@ class Layout:
         return sum(self.block_bytes / item.block_size for item in growing)
 
     def blocks(self, cache_bytes: int) -> int:
-        """Blocks that fit into ``cache_bytes``."""
+        """Blocks that fit into ``cache_bytes``, with the one that vLLM keeps to itself."""
         return cache_bytes // self.block_bytes
 
     def sequences(self, cache_bytes: int, tokens: int) -> float:
-        """Sequences of ``tokens`` that fit at once; vLLM's "maximum concurrency"."""
+        """Sequences of ``tokens`` that fit at once: vLLM's "maximum concurrency", which counts its own block too."""
         return self.blocks(cache_bytes) / self.blocks_per_sequence(tokens)
 
     def longest(self, cache_bytes: int, sequences: int = 1, limit: int = 2**24) -> int:
         """Largest context in tokens of which ``sequences`` fit at once; 0 if not even one token does."""
-        room = self.blocks(cache_bytes)
         low, high = 0, limit
         while low < high:
             middle = (low + high + 1) // 2
-            if self.blocks_per_sequence(middle) * sequences <= room:
+            if self.bytes_for(middle, sequences) <= cache_bytes:
                 low = middle
             else:
                 high = middle - 1

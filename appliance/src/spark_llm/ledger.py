@@ -105,7 +105,8 @@ class Ledger:
         machine: what there is.
         kv_cache_bytes: size of the KV cache.
         tokens: tokens that the cache holds in sequences of ``context``; 0 if the model is not known.
-        sequences: sequences of ``context`` that fit the cache at once; 0 if the model is not known.
+        sequences: sequences of ``context`` that fit the cache at once, as vLLM will report it; 0 if the model
+            is not known.
         context: longest sequence, in tokens.
         longest_context: largest context that would fit this machine for one sequence, with all
             memory that is left as KV
@@ -254,7 +255,7 @@ def _total(lines: Iterable[Line]) -> int:
 def kv_cache_bytes_for(profile: Profile, model: Model, sequences: int) -> int:
     """KV cache in bytes that holds ``sequences`` of the profile's context at once, and vLLM's one spare block."""
     layout = kv_cache.layout(model.architecture, cache_options(profile), model.draft)
-    return (layout.blocks_per_sequence(profile.context) * sequences + 1) * layout.block_bytes
+    return layout.bytes_for(profile.context, sequences)
 
 
 def cache_options(profile: Profile) -> kv_cache.CacheOptions:
@@ -298,7 +299,7 @@ def check(profile: Profile, model: Model) -> None:
 
 
 def _check_cache(profile: Profile, layout: kv_cache.Layout) -> None:
-    needed = layout.bytes_per_sequence(profile.context)
+    needed = layout.bytes_for(profile.context)
     if profile.kv_cache_bytes < layout.block_bytes:
         raise ConfigError(
             f"kv_cache_bytes = {profile.kv_cache_bytes} is less than one block ({layout.block_bytes} bytes)",
