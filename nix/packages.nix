@@ -1,4 +1,4 @@
-# `nix build .#NAME`.
+# `nix build .#NAME`; vllm-gb10-source comes from legacyPackages.
 { lib, pkgs, ... }:
 {
   inherit (pkgs)
@@ -10,7 +10,6 @@
     spark-kernels
     spark-llm
     vllm-gb10
-    vllm-gb10-source
     ;
   # The patched Python tree of vLLM without its environment: minutes and megabytes instead of gigabytes.
   vllm-gb10-patched = pkgs.vllm-gb10.patched;

@@ -4,7 +4,8 @@
 # Against vllm-gb10 it gains FlashAttention-2 as machine code (the official wheel carries it as PTX that the
 # driver compiles at first use), qutlass for SM 12.0, and leaves out every other architecture.
 #
-# Evaluating this fetches: the sdist (its Cargo.lock is read) and the externals without a published hash.
+# Evaluating this fetches: the sdist (its Cargo.lock is read) and the externals without a published hash. So it is in
+# legacyPackages alone, which `nix flake check` does not evaluate.
 {
   lib,
   stdenv,
@@ -107,6 +108,14 @@ let
     "vllm_flash_attn"
   ];
   direct = removeAttrs sparkPins.externals writable;
+
+  # What pyproject.toml requires to build and python-env lacks. Not as inputs of their own: setuptools-rust's setup hook
+  # stops every build without rustPlatform.cargoSetupHook (nixpkgs' setuptools-rust-hook.sh), and there is no cargo to set
+  # up here.
+  python = python312.withPackages (packages: [
+    packages.setuptools-rust
+    packages.setuptools-scm
+  ]);
 in
 stdenv.mkDerivation (finalAttrs: {
   pname = "vllm-gb10-source";
@@ -125,7 +134,7 @@ stdenv.mkDerivation (finalAttrs: {
     cmake
     git
     ninja
-    python312
+    python
     rustc
   ];
   buildInputs = [ cuda-toolkit ];

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import re
 import struct
 import subprocess
 import tempfile
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from flake import (
     NixError,
     changed,
     nix_build,
+    nix_eval,
     overlaid,
     reference,
     run_nix,
@@ -106,6 +109,25 @@ def test_patched_modules_import_and_behave(vllm: Path, tmp_path: Path) -> None:
     assert answers["int8"] == "TritonInt8ScaledMMLinearKernel"
     assert answers["moe: qwen3_5"] == "TRITON"
     assert answers["drain: its status"] == 503
+
+
+def test_source_build_has_its_build_system() -> None:
+    """All that the pinned sdist's pyproject.toml requires to build is there, from python-env or as a tool."""
+    package = "legacyPackages.x86_64-linux.vllm-gb10-source"
+    sdist = store_path(nix_build(f"{package}.src"))
+    text = subprocess.run(
+        ["tar", "-xOf", sdist, "--wildcards", "--no-wildcards-match-slash", "*/pyproject.toml"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    lines = tomllib.loads(text)["build-system"]["requires"]
+    required = {re.split(r"[^\w-]", line, maxsplit=1)[0] for line in lines}
+    members = json.loads(nix_eval("packages.x86_64-linux.python-env.passthru.members", "--json"))
+    tools = nix_eval(f"{package}.nativeBuildInputs", "--json")
+    missing = {name for name in required - set(members) if name not in tools}
+    # setuptools 70.1 and newer make wheels themselves.
+    assert missing == {"wheel"}
 
 
 def test_service_runs_from_its_wheels() -> None:

@@ -30,7 +30,6 @@ PACKAGES = {
     "spark-llm",
     "vllm-gb10",
     "vllm-gb10-patched",
-    "vllm-gb10-source",
 }
 APPS = {"default", "install", "load-oci", "serve", "uninstall", "update-pins", "upgrade"}
 
@@ -60,12 +59,27 @@ def test_show_lists_every_output() -> None:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_package_instantiates(system: str) -> None:
-    """Each package of a system, vllm-gb10-source too, has a derivation."""
+    """Each package of a system has a derivation."""
     paths = json.loads(
         nix_eval(f"packages.{system}", "--json", "--apply", "builtins.mapAttrs (_: p: p.drvPath)")
     )
     assert paths.keys() == PACKAGES
     assert all(re.fullmatch(r"/nix/store/\w{32}-.+\.drv", path) for path in paths.values())
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_source_build_instantiates(system: str) -> None:
+    """vllm-gb10-source has a derivation, below the name that `nix build .#vllm-gb10-source` resolves."""
+    path = nix_eval("vllm-gb10-source.drvPath", "--raw", "--system", system)
+    assert re.fullmatch(r"/nix/store/\w{32}-vllm-gb10-source-.+\.drv", path)
+
+
+def test_check_leaves_the_source_build_alone(tmp_path: Path) -> None:
+    """`nix flake check` evaluates everything else, and not what would fetch a sdist and git repositories for it."""
+    at = changed(tmp_path, "overlays/vllm.nix", "../pkgs/vllm-gb10-source", "../pkgs/no-such-one")
+    with pytest.raises(NixError, match="no-such-one"):
+        nix_eval("vllm-gb10-source.drvPath", at=at)
+    run_nix("flake", "check", "--no-build", *reference("", at))
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
@@ -245,7 +259,7 @@ def test_wrong_architecture_is_refused(tmp_path: Path) -> None:
     """12.0a, which does not load on GB10, stops the evaluation with the right string."""
     at = changed(tmp_path, "nix/pins/vllm.json", '"12.0f"', '"12.0a"')
     with pytest.raises(NixError, match=r'"12.0a" is refused: GB10 is compute capability 12.1'):
-        nix_eval("packages.aarch64-linux.vllm-gb10-source.drvPath", at=at)
+        nix_eval("legacyPackages.aarch64-linux.vllm-gb10-source.drvPath", at=at)
 
 
 def test_unsupported_system_is_refused() -> None:

@@ -381,9 +381,20 @@ let
       // {
         withPackages =
           select:
-          builtins.seq (select {
-            packaging = named "packaging" "not built here";
-          }) interpreter;
+          let
+            packages = select (
+              lib.genAttrs [
+                "packaging"
+                "setuptools-rust"
+                "setuptools-scm"
+              ] (name: named name "not built here")
+            );
+          in
+          hostTool {
+            # The names are all that there is to see of them.
+            name = builtins.concatStringsSep "-" ([ "python3.12-with" ] ++ map (package: package.pname) packages);
+            programs = [ "python3.12" ];
+          };
         pkgs = {
           hatchling = hostTool {
             name = "hatchling";
