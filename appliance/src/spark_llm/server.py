@@ -42,6 +42,7 @@ class Server(uvicorn.Server):
                 http=bounded_protocol(settings.max_header_bytes, settings.header_timeout_s),
                 ws="none",
                 lifespan="off",
+                proxy_headers=False,  # the peer decides who may change things, not a header
                 log_config=None,
                 access_log=False,
                 server_header=False,

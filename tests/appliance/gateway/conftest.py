@@ -87,6 +87,7 @@ async def running_gateway(folder: Path, limits: Limits | None = None) -> AsyncIt
             http=protocol,
             ws="none",
             lifespan="off",
+            proxy_headers=False,
             log_config=None,
             timeout_graceful_shutdown=1,
         )

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 from typing import Any
 
 from starlette.applications import Starlette
@@ -12,16 +13,18 @@ from starlette.routing import Route
 from spark_llm import keys
 from spark_llm.controller import TICK_LIMIT_S, Controller
 from spark_llm.errors import SparkLlmError
+from spark_llm.gateway import access
 from spark_llm.gateway.metrics import Metrics
-from spark_llm.gateway.operator import Operator, reply_of
+from spark_llm.gateway.operator import Operator
 from spark_llm.gateway.proxy import ROUTES, Proxy, Receive, Scope, Send
-from spark_llm.gateway.reply import Reply
+from spark_llm.gateway.reply import Reply, reply_of
 from spark_llm.gateway.upstream import UpstreamError
-from spark_llm.gateway.wire import Headers, error_body
+from spark_llm.gateway.wire import error_body
 from spark_llm.reason import Reason
 
 _SCRAPE_TIMEOUT_S = 5.0
-_LOOPBACK = frozenset((b"localhost", b"127.0.0.1", b"[::1]"))
+
+log = logging.getLogger("spark_llm.gateway")
 
 
 class Gateway:
@@ -59,12 +62,11 @@ class Gateway:
         if path not in ROUTES and not path.startswith("/api/"):
             await self._small(scope, receive, send)
             return
+        change = path not in ROUTES and scope["method"] not in {"GET", "HEAD"}
         try:
-            key = self._check_key(scope["headers"])
-            scope["spark_llm.key"] = key.id if key else ""
-            if path not in ROUTES and scope["method"] not in {"GET", "HEAD"}:
-                _refuse_outsiders(key, scope["headers"])
+            scope["spark_llm.key"] = access.check(self.keys, scope, change=change)
         except Reply as reply:
+            self._count_refusal(path, scope, reply)
             await _refusal(path, reply)(scope, receive, send)
             return
         if path == "/v1/models" and self._controller.others:
@@ -78,27 +80,13 @@ class Gateway:
         """End what runs besides requests."""
         await self._operator.close()
 
-    def _check_key(self, headers: Headers) -> keys.Key | None:
-        """The key that was sent; None where none is needed.
-
-        Raises:
-            Reply: 401.
-        """
-        if not self.keys:
-            return None
-        for name, value in headers:
-            token = value.decode("latin-1")
-            if name == b"authorization" and token[:7].lower() == "bearer ":
-                token = token[7:].strip()
-            elif name != b"x-api-key":
-                continue
-            if (key := keys.match(token, self.keys)) is not None:
-                return key
-            raise Reply(401, Reason.UNAUTHORIZED, "this API key is not known")
-        raise Reply(
-            401,
-            Reason.UNAUTHORIZED,
-            "an API key is needed: `Authorization: Bearer ...` or `x-api-key: ...`",
+    def _count_refusal(self, path: str, scope: Scope, reply: Reply) -> None:
+        """Somebody who tries keys should be seen."""
+        known = path if path in ROUTES else "/api"
+        self._metrics.requests.labels(known, str(reply.status), reply.reason).inc()
+        peer = (scope.get("client") or ("?",))[0]
+        log.warning(
+            "%s %s from %s: %d, %s", scope["method"], path, peer, reply.status, reply.message
         )
 
     def _routes(self) -> list[Route]:
@@ -191,32 +179,6 @@ class Gateway:
         return {"retry-after": str(self._controller.primary.retry_after_s())}
 
 
-def _refuse_outsiders(key: keys.Key | None, headers: Headers) -> None:
-    """Raise unless the operator may change things: an admin's key, or no keys and a program on this machine.
-
-    A web page in the operator's browser reaches loopback too. It sends an Origin, and its Host is not a loopback name
-    unless the page was served from here.
-
-    Raises:
-        Reply: 403.
-    """
-    if key is not None:
-        if key.scope != keys.ADMIN:
-            raise Reply(
-                403, Reason.UNAUTHORIZED, "this needs a key made with `spark-llm keys add --admin`"
-            )
-        return
-    sent = dict(headers)
-    host = sent.get(b"host", b"").rpartition(b":")[0] or sent.get(b"host", b"")
-    origin = sent.get(b"origin", b"")
-    if host not in _LOOPBACK or (origin and origin.partition(b"://")[2] != sent.get(b"host")):
-        raise Reply(
-            403,
-            Reason.UNAUTHORIZED,
-            "without API keys, only programs on this machine may change things",
-        )
-
-
 async def _answer_reply(request: Request, error: Exception) -> Response:
     assert isinstance(error, Reply)  # noqa: S101  registered for it
     return _refusal(request.url.path, error)
@@ -228,9 +190,8 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 
 def _refusal(path: str, reply: Reply) -> Response:
-    headers = {} if reply.retry_after_s is None else {"retry-after": str(reply.retry_after_s)}
     body = error_body(path, reply.status, reply.reason, reply.message)
-    return Response(body, reply.status, headers, media_type="application/json")
+    return Response(body, reply.status, reply.headers(), media_type="application/json")
 
 
 async def _not_found(request: Request, _: Exception) -> Response:
