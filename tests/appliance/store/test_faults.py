@@ -1,6 +1,7 @@
-"""Faults of hub, network, disk and people, each with what comes of it; the run writes docs/reference/faults.md.
+"""Faults of hub, network, disk and people, each with what comes of it, as docs/reference/faults.md says it.
 
-Every case runs the real fetching processes with the real huggingface_hub against a hub on loopback.
+Every case runs the real fetching processes with the real huggingface_hub against a hub on loopback. The page is written
+from what the cases did by ``WRITE_FAULTS=1 .venv/bin/python -m pytest tests/appliance/store/test_faults.py``.
 """
 
 import json
@@ -18,6 +19,19 @@ from spark_llm.reason import Reason
 from tests.hub.pulls import FILES, MODEL, WEIGHTS, Puller
 
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "faults.md"
+WRITING = bool(os.environ.get("WRITE_FAULTS"))
+COMMAND = "WRITE_FAULTS=1 .venv/bin/python -m pytest tests/appliance/store/test_faults.py"
+HEAD = f"""# What happens when a download goes wrong
+
+Each row is a test: the fetching processes and huggingface_hub are real, the hub is a local one
+with faults on demand. Written by `{COMMAND}`.
+
+A pull that fails leaves nothing visible; finished files stay for the next one. The reason is the
+code in the API, the journal and `STATUS=`; the number is the command's exit code.
+
+| what happens | outcome | what the command says |
+|---|---|---|
+"""
 SHARD = "model-00001-of-00002.safetensors"
 INDEX = json.dumps({"weight_map": {"a": SHARD, "b": "model-00002-of-00002.safetensors"}}).encode()
 SHARDED = {"config.json": b"{}", SHARD: WEIGHTS, "model-00002-of-00002.safetensors": WEIGHTS[::-1]}
@@ -198,36 +212,30 @@ CASES = [
 ]
 
 
-@dataclass
-class Table:
-    """Rows of the page, by case."""
-
-    rows: dict[str, str] = field(default_factory=dict)
-
-    def page(self) -> str:
-        head = (
-            "# What happens when a download goes wrong\n\n"
-            "Each row is a test: the fetching processes and huggingface_hub are real, the hub is a local one\n"
-            "with faults on demand. Written by the test run (`tests/appliance/store/test_faults.py`).\n\n"
-            "A pull that fails leaves nothing visible; finished files stay for the next one. The reason is the\n"
-            "code in the API, the journal and `STATUS=`; the number is the command's exit code.\n\n"
-            "| what happens | outcome | what the command says |\n|---|---|---|\n"
-        )
-        return head + "".join(self.rows[case.name] + "\n" for case in CASES)
-
-
 @pytest.fixture(scope="module")
-def table() -> Iterator[Table]:
-    table = Table()
-    yield table
-    if len(table.rows) == len(CASES) and (not PAGE.exists() or PAGE.read_text() != table.page()):
-        PAGE.parent.mkdir(parents=True, exist_ok=True)
-        PAGE.write_text(table.page())
+def rows() -> Iterator[dict[str, str]]:
+    """Rows of the page as the cases found them, by name; written where that was asked for."""
+    rows: dict[str, str] = {}
+    yield rows
+    if WRITING:
+        assert rows.keys() == {case.name for case in CASES}, "the page is written from all cases"
+        PAGE.write_text(HEAD + "".join(rows[case.name] + "\n" for case in CASES))
+
+
+@pytest.mark.skipif(WRITING, reason="the page is being written")
+def test_page_has_these_cases() -> None:
+    """docs/reference/faults.md has its head and a row for each case, in order; test_fault compares the rows."""
+    page = PAGE.read_text()
+    assert page.startswith(HEAD), f"out of date; write it with: {COMMAND}"
+    named = [row.split(" | ")[0] for row in page.removeprefix(HEAD).splitlines()]
+    assert named == [f"| {case.name}" for case in CASES], f"out of date; write it with: {COMMAND}"
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
-def test_fault(case: Case, pull: Puller, table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pull ends as the table says, nothing incomplete is visible, and after the fault it succeeds."""
+def test_fault(
+    case: Case, pull: Puller, rows: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pull ends as the page says, nothing incomplete is visible, and after the fault it succeeds."""
     monkeypatch.setenv("HF_TOKEN", "")
     pull.hub.add(MODEL, case.files)
     case.arrange(pull)
@@ -257,7 +265,9 @@ def test_fault(case: Case, pull: Puller, table: Table, monkeypatch: pytest.Monke
         assert weights[1].range.startswith("bytes=")
         assert weights[1].sent < len(WEIGHTS)
     assert "X-Amz-Signature" not in repr(pulled.events)
-    table.rows[case.name] = f"| {case.name} | {outcome} | {plain(says, pull)} |"
+    rows[case.name] = f"| {case.name} | {outcome} | {plain(says, pull)} |"
+    if not WRITING:
+        assert rows[case.name] in PAGE.read_text().splitlines(), f"write it with: {COMMAND}"
 
 
 def plain(text: str, pull: Puller) -> str:
