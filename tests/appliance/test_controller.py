@@ -108,3 +108,39 @@ async def test_retry_of_a_failed_model_takes_its_own_place(
         "a": State.READY,
         "b": State.READY,
     }
+
+
+async def test_model_that_is_waited_for_is_not_unloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests that waited for a load longer than the model's time to live still find it loaded."""
+    monkeypatch.setattr("spark_llm.controller.Keeper", _Settled)
+    controller = _controller(tmp_path, Models(on_demand=True, max_loaded=3, ttl_s=1e-3))
+    for name, waiting in (("awaited", 1), ("idle", 0)):
+        keeper = controller.others[name] = controller._keeper(_profile(name))
+        keeper.start()
+        keeper.used_at = 0.0
+        keeper.waiting_to_load = waiting
+    tidy = asyncio.create_task(controller._unload_idle())
+    while "idle" in controller.others:
+        await asyncio.sleep(0)
+    tidy.cancel()
+    assert list(controller.others) == ["awaited"]
+    await asyncio.wait(controller._unloading.values())
+
+
+async def test_request_does_not_read_profiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Names that requests ask for are looked up in what was read at the start and at each reload."""
+    monkeypatch.setattr("spark_llm.controller.Keeper", _Settled)
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.toml").write_text('extends = "demo"\n')
+    controller = _controller(tmp_path, Models(on_demand=True, max_loaded=3))
+    (tmp_path / "a.toml").unlink()
+    assert (await controller.load("a")).profile.name == "a"
+    assert (await controller.load("no-such-model")).profile.name == "first"
+    (tmp_path / "c.toml").write_text('extends = "demo"\n')
+    assert (await controller.load("c")).profile.name == "first"
+    controller.read_profiles()
+    assert (await controller.load("c")).profile.name == "c"

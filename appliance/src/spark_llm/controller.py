@@ -8,14 +8,14 @@ from dataclasses import asdict
 from typing import Any
 
 from spark_llm.admission import Limits
-from spark_llm.argv import served_names
+from spark_llm.catalogue import Catalogue, read
 from spark_llm.config import Settings
 from spark_llm.errors import ConfigError, TryAgainError
 from spark_llm.folders import Folders
 from spark_llm.gateway.queue import AdmissionQueue
 from spark_llm.gateway.reply import Reply
 from spark_llm.keeper import Keeper
-from spark_llm.profile import Profile, load_profile, profile_names
+from spark_llm.profile import Profile, load_profile
 from spark_llm.promises import Promises
 from spark_llm.reason import Reason
 from spark_llm.status import SERVING, TERMINAL, Bus, State, Status, StatusBoard
@@ -62,6 +62,8 @@ class Controller:
         self._switching: asyncio.Task[None] | None = None
         self._replacing = False
         self._unloading: dict[str, asyncio.Task[None]] = {}
+        self._catalogue = Catalogue()
+        self.read_profiles()
         self._pinned = self._pinned_profiles(profile)
         self.primary = self._keeper(profile)
 
@@ -94,7 +96,7 @@ class Controller:
         keeper = self.route(model)
         if not self.settings.models.on_demand or model in keeper.names:
             return keeper
-        profile = self._profile_named(model)
+        profile = self._catalogue.serving(model)
         if profile is None:
             return keeper
         return await self._load_beside(profile)
@@ -112,6 +114,11 @@ class Controller:
         self._limits = limits
         for keeper in self.keepers():
             keeper.queue.set_limits(limits)
+
+    def read_profiles(self) -> None:
+        """Take up the profiles that can be loaded on demand; a request must not wait for all their files."""
+        if self.settings.models.on_demand:
+            self._catalogue = read(self.folders.profiles)
 
     # switching
 
@@ -278,16 +285,6 @@ class Controller:
                 unused = time.monotonic() - keeper.used_at
                 if self._spared(keeper) and keeper.state in SERVING and unused >= ttl:
                     self._unload(keeper)
-
-    def _profile_named(self, model: str) -> Profile | None:
-        for name in profile_names(self.folders.profiles):
-            try:
-                profile = load_profile(name, self.folders.profiles)
-            except ConfigError:
-                continue  # `spark-llm profiles` shows it; a request is not the place
-            if model in served_names(profile) and model != "default":
-                return profile
-        return None
 
     # life
 

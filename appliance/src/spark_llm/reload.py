@@ -29,7 +29,7 @@ LIVE = frozenset(
         "log.level",
     }
 )
-"""Settings that a reload applies. API keys and the contents of TLS files are read again besides."""
+"""Settings that a reload applies. API keys, TLS files and the profiles to load on demand are read again besides."""
 
 log = logging.getLogger("spark_llm")
 
@@ -50,7 +50,7 @@ class Plan:
         """For a person."""
         applied = f"applied {', '.join(self.live)}" if self.live else "no setting changed"
         wait = f"; a restart is needed for {', '.join(self.restart)}" if self.restart else ""
-        return f"reloaded: keys and certificates read again, {applied}{wait}"
+        return f"reloaded: keys, certificates and profiles read again, {applied}{wait}"
 
 
 def plan(running: Settings, wanted: Settings) -> Plan:
@@ -136,7 +136,7 @@ class Reloader:
         folders: for the keys.
         hosts: addresses that are listened on.
         gateway: takes new keys.
-        controller: takes new limits.
+        controller: takes new limits and profiles.
         context: takes a new certificate; None for plain HTTP.
     """
 
@@ -177,6 +177,7 @@ class Reloader:
         self.settings = applied(self.settings, wanted)
         self._gateway.keys = accepted
         self._controller.set_limits(limits(self.settings))
+        self._controller.read_profiles()
         logs.set_level(self.settings.log.level)
         log.warning("%s", todo.sentence()) if todo.restart else log.info("%s", todo.sentence())
         return todo.sentence()

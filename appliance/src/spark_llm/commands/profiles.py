@@ -15,16 +15,21 @@ def register(app: typer.Typer) -> None:
 
 
 def profiles(as_json: Json = False, config: Config = None) -> None:
-    """List what can be served."""
+    """List what can be served; exit 2 if a profile's file is broken."""
     _, folders = load(config)
-    from spark_llm.profile import load_profile, profile_names
+    from spark_llm import catalogue
+    from spark_llm.errors import ConfigError
     from spark_llm.status_view import show_profiles
 
-    found = [load_profile(name, folders.profiles) for name in profile_names(folders.profiles)]
+    found = catalogue.read(folders.profiles)
     if as_json:
-        print_json([item.model_dump(mode="json") for item in found])
+        print_json([item.model_dump(mode="json") for item in found.profiles])
     else:
-        show_profiles(found)
+        show_profiles(list(found.profiles))
+    for error in found.faults.values():
+        typer.echo(f"spark-llm: {error.message} [{error.reason}]", err=True)
+    if found.faults:
+        raise typer.Exit(ConfigError.exit_code)
 
 
 def demo_model(
