@@ -53,6 +53,14 @@ def test_bad_file_names_the_key(tmp_path: Path, text: str, said: str) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+    """A file in another encoding than UTF-8 is a configuration error that names the file and the place."""
+    path = tmp_path / "config.toml"
+    path.write_bytes('profile = "dém"'.encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"config\.toml is not UTF-8: 0xe9 at byte offset 12"):
+        load(path)
+
+
 def test_missing_file_is_an_error(tmp_path: Path) -> None:
     """A file that was named but is not there is an error, not a default."""
     with pytest.raises(ConfigError, match="No such file"):

@@ -41,6 +41,12 @@ REFUSED = [
         "flags = ['--max-model-len=5']\n" + BASE,
         "use the key 'context'",
     ),
+    (
+        "the same with underscores",
+        "flags = ['--max_model_len', '5']\n" + BASE,
+        "use the key 'context'",
+    ),
+    ("a file of flags", "flags = ['--config', 'x.yaml']\n" + BASE, "one by one"),
     ("two ways to eager", "flags = ['--enforce-eager']\n" + BASE, "use the key 'eager'"),
     ("a door past the gateway", "flags = ['--port', '9']\n" + BASE, "gateway.port"),
     ("auto backend", BASE.replace("FLASHINFER", "auto"), "name a backend"),
@@ -160,3 +166,13 @@ def test_switch_that_contradicts_is_refused() -> None:
         adjust(load_profile("gpt-oss-20b", FOLDERS), mtp=True)
     with pytest.raises(ConfigError, match="CPU build ignores turboquant"):
         adjust(load_profile("demo", FOLDERS), turboquant=True)
+
+
+def test_profile_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    """A profile in another encoding than UTF-8 is refused with its file and the place."""
+    (tmp_path / "latin.toml").write_bytes('description = "é"'.encode("latin-1"))
+    with pytest.raises(
+        ConfigError, match=r"latin\.toml is not UTF-8: 0xe9 at byte offset 15"
+    ) as no:
+        load_profile("latin", (tmp_path,))
+    assert no.value.reason is Reason.BAD_PROFILE

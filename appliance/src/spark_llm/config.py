@@ -22,7 +22,7 @@ from pydantic_settings import (
 )
 
 from spark_llm.errors import ConfigError
-from spark_llm.validation import explain
+from spark_llm.validation import explain, undecodable
 
 DEFAULT_FILE = Path("/etc/spark-llm/config.toml")
 ENV_PREFIX = "SPARK_LLM_"
@@ -277,6 +277,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(undecodable(path, error)) from error
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from spark_llm.errors import ConfigError
 from spark_llm.kv_cache import KV_DTYPES
 from spark_llm.reason import Reason
-from spark_llm.validation import explain
+from spark_llm.validation import explain, undecodable
 
 DEMO_MODEL = "demo"
 """The model name that ``spark-llm demo-model`` stands behind: made here, never downloaded."""
@@ -299,7 +299,7 @@ def load_profile(name: str, folders: tuple[Path, ...]) -> Profile:
     ``extends`` is looked up in the same folders; a profile that extends its own name builds on the next folder's.
 
     Raises:
-        ConfigError: no such profile, no TOML, not a profile, or profiles that extend each other in a circle.
+        ConfigError: no such profile, no UTF-8, no TOML, not a profile, or profiles that extend each other in a circle.
     """
     data, source = _merged(name, folders, ())
     return validate(name, data, source)
@@ -309,7 +309,10 @@ def _merged(
     name: str, folders: tuple[Path, ...], seen: tuple[Path, ...]
 ) -> tuple[dict[str, Any], Path]:
     path = _find(name, folders, seen)
-    data = _toml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        data = _toml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(undecodable(path, error), reason=Reason.BAD_PROFILE) from error
     base = data.get("extends")
     if not base:
         return data, path

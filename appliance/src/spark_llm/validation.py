@@ -1,8 +1,9 @@
-"""Turns pydantic's errors into sentences that name the key and the nearest known one."""
+"""Turns what is wrong with a file into sentences: the key and the nearest known one, or where it is no text."""
 
 import difflib
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -11,6 +12,11 @@ from pydantic import BaseModel, ValidationError
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """All of ``error``, one clause per key, e.g. ``unknown key 'gateway.prot'; did you mean 'port'?``."""
     return "; ".join(_clause(item, model) for item in error.errors(include_url=False))
+
+
+def undecodable(path: Path, error: UnicodeDecodeError) -> str:
+    """Where a file stops being UTF-8, e.g. ``config.toml is not UTF-8: 0xe9 at byte offset 11``."""
+    return f"{path} is not UTF-8: {error.object[error.start]:#04x} at byte offset {error.start}"
 
 
 def _clause(item: Any, model: type[BaseModel]) -> str:  # noqa: ANN401  pydantic's ErrorDetails is a loose TypedDict
