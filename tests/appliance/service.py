@@ -146,6 +146,7 @@ def service(
             cwd=folder,
             stderr=stream,
             stdout=stream,
+            start_new_session=True,  # no terminal, whose end would be a reason to stop
         )
     try:
         yield Service(process, log, env)

@@ -113,15 +113,23 @@ async def _serve(  # noqa: PLR0913, PLR0917  the parts a service is made of
             server.stop_accepting()
         controller.request_stop()
 
-    def take_up() -> None:
-        notifier.reloading()
-        notifier.status(reloader.reload())
-        notifier.ready()
+    def hang_up() -> None:
+        log.info("the terminal was closed: stopping")
+        # Shell and kernel both say so, and a second stop would cut off the requests that still run.
+        loop.add_signal_handler(signal.SIGHUP, lambda: None)
+        stop()
 
     loop = asyncio.get_running_loop()
+    stops = _hangup_stops(
+        supervised="NOTIFY_SOCKET" in os.environ,
+        terminal=_has_terminal(),
+        ignored=signal.getsignal(signal.SIGHUP) is signal.SIG_IGN,
+    )
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, take_up)
+    loop.add_signal_handler(
+        signal.SIGHUP, hang_up if stops else lambda: _take_up(reloader, notifier)
+    )
     serving = asyncio.create_task(server.serve(list(door.listeners)))
     telling = [
         asyncio.create_task(_tell(controller, notifier)),
@@ -139,6 +147,34 @@ async def _serve(  # noqa: PLR0913, PLR0917  the parts a service is made of
         await asyncio.wait(telling)
     # For systemd, a stop that was asked for is no failure, whatever state it ended.
     return 1 if controller.ended in TERMINAL and not door.held else 0
+
+
+def _hangup_stops(*, supervised: bool, terminal: bool, ignored: bool) -> bool:
+    """Whether SIGHUP means that the terminal was closed, and not "reload". Pure.
+
+    Args:
+        supervised: a service manager started this.
+        terminal: this has a controlling terminal.
+        ignored: SIGHUP was ignored when this started (nohup): it shall outlast the terminal.
+    """
+    return terminal and not supervised and not ignored
+
+
+def _has_terminal() -> bool:
+    """Whether there is a controlling terminal: it sends SIGHUP at its end, wherever input and output go."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_CLOEXEC))
+    except OSError:
+        return False
+    return True
+
+
+def _take_up(reloader: reload.Reloader, notifier: Notifier) -> None:
+    notifier.reloading()
+    try:
+        notifier.status(reloader.reload())
+    finally:  # whatever went wrong: what runs goes on, and systemd waits for this
+        notifier.ready()
 
 
 async def _tell(controller: Controller, notifier: Notifier) -> None:
