@@ -1,12 +1,17 @@
 """Turns what is wrong with a file into sentences: the key and the nearest known one, or where it is no text."""
 
 import difflib
+import reprlib
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+
+_QUOTE = reprlib.Repr()
+_QUOTE.maxstring = _QUOTE.maxother = _QUOTE.maxlong = 100
+"""Longest quotation, in characters: what was sent may be megabytes, and the sentence goes to a log."""
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
@@ -26,11 +31,12 @@ def _clause(item: Any, model: type[BaseModel]) -> str:  # noqa: ANN401  pydantic
         known = _keys(model, location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         advice = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"unknown key {key!r}; {advice}"
+        return f"unknown key {_QUOTE.repr(key)}; {advice}"
     if item["type"] == "missing":
         return f"key {key!r} is missing"
     message = item["msg"].removeprefix("Value error, ")
-    return f"key {key!r}: {message[:1].lower()}{message[1:]} (it is {item['input']!r})"
+    given = _QUOTE.repr(item["input"])
+    return f"key {_QUOTE.repr(key)}: {message[:1].lower()}{message[1:]} (it is {given})"
 
 
 def _keys(model: type[BaseModel], path: list[str]) -> list[str]:

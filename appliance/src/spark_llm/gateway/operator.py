@@ -4,30 +4,25 @@ import json
 import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from spark_llm import fit, keys
+from spark_llm import catalogue, fit, keys
 from spark_llm.controller import Controller
-from spark_llm.errors import ConfigError, RefusedError, SparkLlmError, TryAgainError
-from spark_llm.gateway.reply import Reply
+from spark_llm.gateway import models_api
+from spark_llm.gateway.body import read_json
 from spark_llm.prepare import fetch_request
-from spark_llm.profile import load_profile, profile_names
-from spark_llm.reason import Reason
+from spark_llm.profile import load_profile
 from spark_llm.run import EngineFailedError
 from spark_llm.status import State
 from spark_llm.store import Store
-from spark_llm.store.jobs import Jobs, routes
+from spark_llm.store.jobs import Jobs
 from spark_llm.switches import adjust
-from spark_llm.validation import explain
-
-T = TypeVar("T", bound=BaseModel)
-_STATUS = {ConfigError: 400, RefusedError: 409, TryAgainError: 503}
 
 
 class SwitchRequest(BaseModel):
@@ -63,6 +58,7 @@ class Operator:
     ) -> None:
         self._controller = controller
         self._accepted = accepted
+        self._body_timeout_s = controller.settings.gateway.header_timeout_s
         store = Store(controller.folders.models)
         self._jobs = Jobs(
             store,
@@ -86,7 +82,7 @@ class Operator:
             Route("/api/v1/switch", self._switch, methods=["POST"]),
             Route("/api/v1/canary", self._canary, methods=["POST"]),
             Route("/api/v1/keys", self._keys),
-            *routes(self._jobs),
+            *models_api.routes(self._jobs, self._body_timeout_s),
         ]
 
     async def _status(self, _: Request) -> Response:
@@ -108,12 +104,13 @@ class Operator:
                 return
 
     async def _profiles(self, _: Request) -> Response:
-        folders = self._controller.folders.profiles
-        found = [load_profile(name, folders) for name in profile_names(folders)]
-        return JSONResponse({"profiles": [item.model_dump(mode="json") for item in found]})
+        found = await run_in_threadpool(catalogue.read, self._controller.folders.profiles)
+        listed = [item.model_dump(mode="json") for item in found.profiles]
+        broken = {name: error.message for name, error in found.faults.items()}
+        return JSONResponse({"profiles": listed, "broken": broken})
 
     async def _fit(self, request: Request) -> Response:
-        asked = await _read(request, FitRequest)
+        asked = await read_json(request, FitRequest, self._body_timeout_s)
         settings, folders = self._controller.settings, self._controller.folders
 
         def account() -> dict[str, Any]:
@@ -137,7 +134,7 @@ class Operator:
         return JSONResponse({"switch": None if last is None else asdict(last)})
 
     async def _switch(self, request: Request) -> Response:
-        asked = await _read(request, SwitchRequest)
+        asked = await read_json(request, SwitchRequest, self._body_timeout_s)
         if asked.dry_run:
             return JSONResponse({"steps": self._controller.plan_switch(asked.profile)})
         return JSONResponse({"switch": asdict(self._controller.switch(asked.profile))}, 202)
@@ -152,17 +149,3 @@ class Operator:
 
     async def _keys(self, _: Request) -> Response:
         return JSONResponse({"keys": [key.public() for key in self._accepted()]})
-
-
-def reply_of(error: SparkLlmError) -> Reply:
-    """The answer that an error of ours is."""
-    status = _STATUS.get(type(error), 500)
-    message = f"{error.message}. {error.hint}" if error.hint else error.message
-    return Reply(status, error.reason, message, retry_after_s=10 if status == 503 else None)  # noqa: PLR2004  HTTP
-
-
-async def _read(request: Request, kind: type[T]) -> T:
-    try:
-        return kind.model_validate_json(await request.body())
-    except ValidationError as error:
-        raise Reply(400, Reason.BAD_REQUEST, explain(error, kind)) from None

@@ -15,6 +15,9 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from http import HTTPStatus
 from typing import Any, Protocol
 
+from starlette.requests import ClientDisconnect
+
+from spark_llm.gateway.body import read_body
 from spark_llm.gateway.metrics import Metrics
 from spark_llm.gateway.protocol import CLIENT, Client
 from spark_llm.gateway.queue import CUT, AdmissionQueue
@@ -132,38 +135,17 @@ class Proxy:
 
     async def _body(self, scope: Scope, receive: Receive) -> tuple[bytes, str]:
         """The whole body, which must be a JSON object where there is one, and the model that it names."""
-        for name, value in scope["headers"]:
-            if name == b"content-length" and int(value) > self._max_body_bytes:
-                raise self._too_large()
-        parts: list[bytes] = []
-        size = 0
         try:
-            async with asyncio.timeout(self._body_timeout_s):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise _ClientGone
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > self._max_body_bytes:
-                        raise self._too_large()
-                    if not message.get("more_body", False):
-                        break
-        except TimeoutError:
-            raise Reply(
-                408,
-                Reason.TIMEOUT,
-                f"the request's body did not arrive within {self._body_timeout_s:g} s",
-            ) from None
-        body = b"".join(parts)
+            body = await read_body(
+                scope["headers"],
+                receive,
+                limit=self._max_body_bytes,
+                timeout_s=self._body_timeout_s,
+                setting="gateway.max_body_bytes",
+            )
+        except ClientDisconnect:
+            raise _ClientGone from None
         return body, await _model_named(body) if scope["method"] == "POST" else ""
-
-    def _too_large(self) -> Reply:
-        return Reply(
-            413,
-            Reason.BODY_TOO_LARGE,
-            f"the request's body exceeds {self._max_body_bytes} bytes (gateway.max_body_bytes)",
-        )
 
     async def _run(self, exchange: "_Exchange", body: bytes) -> None:
         """Forward, and give up as soon as the client does or the drain cuts."""
@@ -362,10 +344,7 @@ class _Exchange:
     async def refuse(self, reply: Reply) -> None:
         body = error_body(self.path, reply.status, reply.reason, reply.message)
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        if reply.retry_after_s is not None:
-            headers.append((b"retry-after", b"%d" % reply.retry_after_s))
-        if reply.status in {408, 413}:
-            headers.append((b"connection", b"close"))  # the rest of its body is not read
+        headers += [(name.encode(), value.encode()) for name, value in reply.headers().items()]
         await self.start(reply.status, headers)
         await self.send_body(body, more=False)
 

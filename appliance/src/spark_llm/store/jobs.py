@@ -1,23 +1,17 @@
-"""Downloads and verifications as jobs of the operator's API, with progress as server-sent events.
+"""Downloads and verifications as jobs, with progress to follow; ``spark_llm.gateway.models_api`` is their face.
 
-``routes`` gives the Starlette routes of ``/api/v1/models`` and ``/api/v1/jobs``; who may call them is the gateway's
-business. A job takes a model's name only: no path, no address and no token comes in through the network.
+A job takes a model's name only: no path, no address and no token comes in through the network.
 """
 
 import asyncio
-import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
-
-from spark_llm.errors import ConfigError, RefusedError, SparkLlmError, TryAgainError
+from spark_llm.errors import ConfigError, SparkLlmError
 from spark_llm.reason import Reason
 from spark_llm.store import plan
 from spark_llm.store.process import fetch
@@ -29,7 +23,6 @@ _KEPT = 100
 """Finished jobs that are remembered."""
 _KEPT_EVENTS = 500
 _KEEPALIVE_S = 15.0
-_LARGEST_BODY = 4096
 MakeRequest = Callable[[str, str], Request]
 """Model and revision to a request with the service's settings."""
 
@@ -128,9 +121,15 @@ class Jobs:
         """All that are remembered, the newest first."""
         return sorted(self._jobs.values(), key=lambda job: job.created_at, reverse=True)
 
-    def get(self, job_id: str) -> Job | None:
-        """The job of that id."""
-        return self._jobs.get(job_id)
+    def get(self, job_id: str) -> Job:
+        """The job of that id.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if (job := self._jobs.get(job_id)) is None:
+            raise ConfigError("there is no such job", reason=Reason.NOT_FOUND)
+        return job
 
     def start(self, kind: str, model: str, revision: str, **options: bool) -> Job:
         """Start a job, or give the one that already does this.
@@ -202,135 +201,3 @@ class Jobs:
                     1,
                 )
             )
-
-
-def routes(jobs: Jobs) -> list[Route]:
-    """Routes of ``/api/v1/models`` and ``/api/v1/jobs``."""
-    api = _Api(jobs)
-    return [
-        Route("/api/v1/models", api.models),
-        Route("/api/v1/models/{model:path}/fetch", api.fetch, methods=["POST"]),
-        Route("/api/v1/models/{model:path}/verify", api.verify, methods=["POST"]),
-        Route("/api/v1/models/{model:path}", api.remove, methods=["DELETE"]),
-        Route("/api/v1/jobs", api.jobs),
-        Route("/api/v1/jobs/{id}", api.job),
-        Route("/api/v1/jobs/{id}", api.cancel, methods=["DELETE"]),
-        Route("/api/v1/jobs/{id}/events", api.events),
-    ]
-
-
-class _Api:
-    def __init__(self, jobs: Jobs) -> None:
-        self._jobs = jobs
-
-    async def models(self, _: HttpRequest) -> Response:
-        stored = await asyncio.to_thread(self._jobs.store.models)
-        return JSONResponse(
-            {"models": [{**asdict(model), "path": str(model.path)} for model in stored]}
-        )
-
-    async def fetch(self, request: HttpRequest) -> Response:
-        return await self._start("fetch", "allow_pickle", request)
-
-    async def verify(self, request: HttpRequest) -> Response:
-        return await self._start("verify", "full", request)
-
-    async def _start(self, kind: str, option: str, request: HttpRequest) -> Response:
-        try:
-            body = await _body(request, {"revision": str, option: bool})
-            revision = body.pop("revision", "")
-            job = self._jobs.start(kind, request.path_params["model"], revision, **body)
-        except SparkLlmError as error:
-            return _refusal(error)
-        return JSONResponse(job.to_json(), 202, headers={"Location": f"/api/v1/jobs/{job.id}"})
-
-    async def remove(self, request: HttpRequest) -> Response:
-        model, revision = request.path_params["model"], request.query_params.get("revision", "")
-        try:
-            freed = await asyncio.to_thread(self._jobs.store.remove, model, revision)
-        except SparkLlmError as error:
-            return _refusal(error)
-        return JSONResponse({"model": model, "revision": revision, "freed_bytes": freed})
-
-    async def jobs(self, _: HttpRequest) -> Response:
-        return JSONResponse({"jobs": [job.to_json() for job in self._jobs.all()]})
-
-    async def job(self, request: HttpRequest) -> Response:
-        job = self._jobs.get(request.path_params["id"])
-        return JSONResponse(job.to_json()) if job else _no_job()
-
-    async def cancel(self, request: HttpRequest) -> Response:
-        job = self._jobs.get(request.path_params["id"])
-        if job is None:
-            return _no_job()
-        await self._jobs.cancel(job)
-        return JSONResponse(job.to_json())
-
-    async def events(self, request: HttpRequest) -> Response:
-        job = self._jobs.get(request.path_params["id"])
-        if job is None:
-            return _no_job()
-        last = request.headers.get("last-event-id", "0")
-        after = int(last) if last.isascii() and last.isdigit() else 0
-        return StreamingResponse(
-            _stream(job, after),
-            media_type="text/event-stream",
-            headers={"Cache-Control": "no-store"},
-        )
-
-
-async def _stream(job: Job, after: int) -> AsyncIterator[str]:
-    async for item in job.follow(after):
-        if item is None:
-            yield ": still here\n\n"
-        else:
-            number, value = item
-            yield f"id: {number}\nevent: {value['event']}\ndata: {json.dumps(value)}\n\n"
-
-
-async def _body(request: HttpRequest, allowed: dict[str, type]) -> dict[str, Any]:
-    """The JSON object of a request, with nothing in it that we do not know.
-
-    Raises:
-        ConfigError: not such an object.
-    """
-    raw = await request.body()
-    if len(raw) > _LARGEST_BODY:
-        raise ConfigError("the body is too large", reason=Reason.BODY_TOO_LARGE)
-    try:
-        body = json.loads(raw or b"{}")
-    except ValueError:
-        raise ConfigError("the body is not JSON", reason=Reason.BAD_REQUEST) from None
-    if not isinstance(body, dict):
-        raise ConfigError("the body is not a JSON object", reason=Reason.BAD_REQUEST)
-    for name, value in body.items():
-        if name not in allowed or not isinstance(value, allowed[name]):
-            known = ", ".join(f"{key} ({kind.__name__})" for key, kind in allowed.items())
-            raise ConfigError(
-                f"{name!r} is not understood; known: {known}", reason=Reason.BAD_REQUEST
-            )
-    return body
-
-
-_STATUS: dict[Reason, int] = {
-    Reason.MODEL_MISSING: 404,
-    Reason.NOT_FOUND: 404,
-    Reason.BAD_REQUEST: 400,
-    Reason.BODY_TOO_LARGE: 413,
-    Reason.MODEL_BUSY: 409,
-}
-
-
-def _refusal(error: SparkLlmError) -> Response:
-    fallback = {ConfigError: 400, RefusedError: 403, TryAgainError: 503}.get(type(error), 500)
-    body = {
-        "message": error.message,
-        "hint": error.hint,
-        "type": "invalid_request_error",
-        "code": error.reason,
-    }
-    return JSONResponse({"error": body}, _STATUS.get(error.reason, fallback))
-
-
-def _no_job() -> Response:
-    return _refusal(ConfigError("there is no such job", reason=Reason.NOT_FOUND))

@@ -7,7 +7,11 @@ from dataclasses import replace
 import anyio
 import httpx2
 import pytest
-from spark_llm.store.jobs import Jobs, routes
+from spark_llm.errors import SparkLlmError
+from spark_llm.gateway.app import _answer_error, _answer_reply
+from spark_llm.gateway.models_api import routes
+from spark_llm.gateway.reply import Reply
+from spark_llm.store.jobs import Jobs
 from starlette.applications import Starlette
 
 from tests.hub.pulls import FILES, MODEL, Puller
@@ -26,7 +30,11 @@ async def jobs(pull: Puller) -> AsyncIterator[Jobs]:
 
 @pytest.fixture
 async def client(jobs: Jobs) -> AsyncIterator[httpx2.AsyncClient]:
-    transport = httpx2.ASGITransport(app=Starlette(routes=routes(jobs)))
+    app = Starlette(
+        routes=routes(jobs, body_timeout_s=10),
+        exception_handlers={Reply: _answer_reply, SparkLlmError: _answer_error},
+    )
+    transport = httpx2.ASGITransport(app=app)
     async with httpx2.AsyncClient(
         transport=transport, base_url="http://local", timeout=30
     ) as client:
