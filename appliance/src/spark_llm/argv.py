@@ -14,6 +14,9 @@ SOCKET_PATH_LIMIT = 107
 
 _PASSED_ON = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES")
 
+_COMMAND = ("-m", "vllm.entrypoints.cli.main", "serve")
+"""Between the interpreter and the model's folder."""
+
 _ALWAYS = {
     "HF_HUB_OFFLINE": "1",  # only `spark-llm pull` talks to the hub
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -54,6 +57,11 @@ class Argv:
 
     args: tuple[str, ...]
     environment: dict[str, str]
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What follows the command and the model's folder."""
+        return self.args[len(_COMMAND) + 2 :]
 
 
 def build(  # noqa: PLR0913  one argument per fact that the command line is made of
@@ -96,9 +104,7 @@ def build(  # noqa: PLR0913  one argument per fact that the command line is made
         )
     args = (
         str(python),
-        "-m",
-        "vllm.entrypoints.cli.main",
-        "serve",
+        *_COMMAND,
         str(model),
         "--served-model-name",
         *served_names(profile),

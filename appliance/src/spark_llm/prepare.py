@@ -247,7 +247,7 @@ class Preparation:
         python = engine_python(self._settings)
         socket = self._folders.runtime / f"{profile.name}.sock"
 
-        def build(caches: dict[str, str]) -> Argv:
+        def build(caches: dict[str, str], draft: Path | None) -> Argv:
             cuda = profile.engine is Engine.CUDA
             return argv.build(
                 profile,
@@ -262,21 +262,29 @@ class Preparation:
                 draft=draft,
             )
 
-        bare = build({})
+        # Which model and draft these are, their identities say; where they lie is nothing to the caches.
+        bare = build({}, draft and Path("draft"))
         if not (python.is_file() and os.access(python, os.X_OK)):
             raise RefusedError(
                 f"the engine's interpreter {python} is not there",
                 reason=Reason.ENGINE_MISSING,
                 hint="In a checkout, `make engine` installs it; engine.python names another.",
             )
+        speculative = profile.speculative
         bits = manifest.build(
             engine=await asyncio.to_thread(_engine_build, python),
             kernels=manifest.kernels_build(python),
             model=profile.model,
-            model_commit=await asyncio.to_thread(self._identity, profile, model),
-            draft=profile.speculative.model if profile.speculative else "",
-            draft_commit=profile.speculative.revision if profile.speculative else "",
-            flags=bare.args[4:],
+            model_commit=await asyncio.to_thread(
+                self._identity, profile.model, profile.revision, model
+            ),
+            draft=speculative.model if speculative else "",
+            draft_commit=await asyncio.to_thread(
+                self._identity, speculative.model, speculative.revision, draft
+            )
+            if speculative and draft
+            else "",
+            flags=bare.flags,
             environment=bare.environment,
             gpu=host.gpu_name() or "cpu",
             driver=host.driver_version(),
@@ -289,14 +297,14 @@ class Preparation:
         cache = self._settings.cache
         await asyncio.to_thread(caches.prune, max_bytes=cache.max_bytes, keep=cache.keep)
         self._board.bus.publish("cache", verdict=verdict.state, message=verdict.message)
-        command = build(namespace.environment())
+        command = build(namespace.environment(), draft)
         return Prepared(profile, command, socket, bits, namespace, account, memory_build, facts)
 
-    def _identity(self, profile: Profile, folder: Path) -> str:
+    def _identity(self, model: str, revision: str, folder: Path) -> str:
         """The commit of a hub model; of a local folder, a digest of its files' names, sizes and times."""
-        if _on_hub(profile.model):
-            return self._store.commit(profile.model, profile.revision)
-        if profile.model == DEMO_MODEL:
+        if _on_hub(model):
+            return self._store.commit(model, revision)
+        if model == DEMO_MODEL:
             return str(SEED)
         digest = hashlib.sha256()
         for path in sorted(folder.iterdir()):
@@ -358,7 +366,8 @@ def _refuse_wrong_machine(profile: Profile, python: Path) -> None:
         raise RefusedError(
             f"profile {profile.name} needs an NVIDIA GPU and no driver is loaded",
             reason=Reason.NO_GPU,
-            hint="`nvidia-smi` should list the GPU; without one, `--profile demo` runs on the CPU.",
+            hint="`nvidia-smi` should list it, and `systemctl status spark-llm-driver` say that its libraries are linked. "
+            "Without a GPU, `make serve` in a checkout runs the demo on the CPU.",
         )
     kind = manifest.engine_kind(python)
     if kind and kind is not profile.engine:
