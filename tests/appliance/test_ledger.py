@@ -208,7 +208,7 @@ def test_cache_too_small(kv: int, says: str) -> None:
 
 
 def test_cache_of_exactly_one_sequence() -> None:
-    """vLLM keeps one block to itself, so a cache without it is refused, and the hint's size is accepted."""
+    """One block is vLLM's own, so a cache without it is refused, and the hint's size is accepted."""
     needed = kv_cache_bytes_for(PROFILE, MODEL, 1)
     with pytest.raises(ConfigError, match="holds no sequence") as caught:
         account(adjust(PROFILE, kv_cache_bytes=needed - 1), SPARK, MODEL)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from spark_llm import argv
 from spark_llm.argv import Argv
+from spark_llm.flags import REFUSED, refusal
 from spark_llm.profile import Engine, load_profile, profile_names, shipped_folder
 from spark_llm.switches import adjust
 
@@ -94,3 +95,28 @@ def test_engine_understands_the_switches(name: str, answers: dict[str, Any]) -> 
 def test_check_would_notice(name: str, answers: dict[str, Any]) -> None:
     """A mistyped flag and an unknown variable are refused, so the checks above can fail."""
     assert "error" in answers[name]
+
+
+_OPTIONS = """
+import json
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = make_arg_parser(FlexibleArgumentParser())
+print(json.dumps([option for action in parser._actions for option in action.option_strings]))
+"""
+
+
+def test_refused_flags_are_the_engines(tmp_path: Path) -> None:
+    """Each flag that a profile may not set is one of the engine's, and no other one is refused for its beginning."""
+    done = subprocess.run(
+        [PYTHON, "-c", _OPTIONS],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+    )
+    options = set(json.loads(done.stdout.splitlines()[-1]))
+    beginnings = {"-s", "-t"}
+    assert REFUSED.keys() - beginnings <= options
+    assert {option for option in options if refusal(option)} == REFUSED.keys() - beginnings

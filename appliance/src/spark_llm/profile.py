@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from spark_llm.errors import ConfigError
+from spark_llm.flags import refusal
 from spark_llm.kv_cache import KV_DTYPES
 from spark_llm.reason import Reason
 from spark_llm.validation import explain, undecodable
@@ -187,7 +188,7 @@ class Profile(_Table):
         reasoning_parser: ``--reasoning-parser``; empty for none.
         backends: which kernels.
         speculative: speculative decoding; none unless given.
-        flags: further engine flags, verbatim; none that a key of its own stands for.
+        flags: further engine flags, verbatim; none that a key of its own stands for or that the ledger cannot follow.
         environment: further environment variables of the engine.
         memory: what must be known beforehand.
         canary: the proof of correct tokens before ready.
@@ -233,8 +234,8 @@ class Profile(_Table):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for flag in self.flags:
-            if key := _OWN_KEYS.get(flag.partition("=")[0]):
-                raise ValueError(f"flags contains {flag}; use the key {key!r}")
+            if why := refusal(flag):
+                raise ValueError(f"flags contains {flag}; {why}")
         if self.engine is Engine.CUDA and not (self.backends.attention and self.backends.linear):
             raise ValueError("a CUDA profile names backends.attention and backends.linear")
         if self.canary.tool_call and not self.tool_parser:
@@ -248,41 +249,6 @@ class Profile(_Table):
             )
         return self
 
-
-_OWN_KEYS = {
-    "--model": "model",
-    "--revision": "revision",
-    "--served-model-name": "aliases",
-    "--max-model-len": "context",
-    "--max-num-seqs": "max_num_seqs",
-    "--max-num-batched-tokens": "max_num_batched_tokens",
-    "--kv-cache-dtype": "kv_cache_dtype",
-    "--kv-cache-memory-bytes": "kv_cache_bytes",
-    "--gpu-memory-utilization": "kv_cache_bytes",
-    "--block-size": "block_size",
-    "--mamba-ssm-cache-dtype": "state_dtype",
-    "--mamba_ssm_cache_dtype": "state_dtype",
-    "--enable-prefix-caching": "prefix_caching",
-    "--no-enable-prefix-caching": "prefix_caching",
-    "--enforce-eager": "eager",
-    "--load-format": "load_format",
-    "--tool-call-parser": "tool_parser",
-    "--enable-auto-tool-choice": "tool_parser",
-    "--reasoning-parser": "reasoning_parser",
-    "--attention-backend": "backends.attention",
-    "--linear-backend": "backends.linear",
-    "--moe-backend": "backends.moe",
-    "--speculative-config": "speculative",
-    "--speculative_config": "speculative",
-    "--tensor-parallel-size": "nodes",
-    "-tp": "nodes",
-    "--nnodes": "nodes",
-    "--host": "gateway.host",
-    "--port": "gateway.port",
-    "--uds": "gateway.port",
-    "--api-key": "spark-llm keys",
-}
-"""Engine flags that would contradict a key of the profile or the appliance, and that key."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
