@@ -89,7 +89,7 @@ class Container:
         )
         self.run("systemd-run", "--quiet", f"--unit={unit}", "/usr/bin/python3", "-c", program)
         try:
-            self.wait(lambda: self.http("/", url=f"http://{host}:{port}")[0] == 200, timeout=20)
+            self.wait(lambda: self.http("/", url=f"http://{host}:{port}")[0] == 200, timeout=60)
             yield
         finally:
             self.systemctl("stop", unit)

@@ -41,7 +41,7 @@ def open_device(path: str) -> None:
 
 
 def connect(address: tuple[str, int]) -> None:
-    with socket.create_connection(address, timeout=3):
+    with socket.create_connection(address, timeout=10):
         pass
 
 

@@ -57,7 +57,7 @@ def fetching(installed: Container) -> Iterator[Fetching]:
     unit = f"spark-llm-fetch@{escaped}.service"
     try:
         endpoint = installed.wait(
-            lambda: installed.run("cat", "/opt/hub/endpoint", check=False).stdout, timeout=30
+            lambda: installed.run("cat", "/opt/hub/endpoint", check=False).stdout, timeout=60
         )
         installed.write(
             "/run/systemd/system/spark-llm-fetch@.service.d/50-test.conf",
@@ -77,7 +77,7 @@ def test_service_names_the_unit_that_fetches_then_serves(fetching: Fetching) -> 
     machine.write("/etc/spark-llm/profiles/fetched.toml", f'extends = "demo"\nmodel = "{MODEL}"\n')
     machine.write(CONFIG, 'profile = "fetched"\n')
     machine.systemctl("start", "spark-llm.service")
-    said = machine.wait_state("blocked", "failed", timeout=30)
+    said = machine.wait_state("blocked", "failed", timeout=60)
     assert (said["state"], said["reason"]) == ("blocked", "model_missing")
     fetch = said["hint"].partition("sudo ")[2].partition(";")[0]
 
