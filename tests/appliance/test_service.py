@@ -1,5 +1,6 @@
 """What the service owes the machine that it runs on: descriptors and signals."""
 
+import http.client
 import itertools
 import os
 import pty
@@ -7,13 +8,15 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from spark_llm.config import Settings
 from spark_llm.notify import Notifier
 from spark_llm.service import _hangup_stops, _take_up
 
@@ -134,3 +137,24 @@ def test_reload_that_breaks_is_over_for_systemd() -> None:
     with pytest.raises(OSError, match="disk"):
         _take_up(broken, Notifier(said.append))
     assert [text.partition("\n")[0] for text in said] == ["RELOADING=1", "READY=1"]
+
+
+def test_idle_connection_is_kept_as_long_as_set(short_path: Path) -> None:
+    """A connection stays open between requests for ``gateway.keep_alive_s``, and no longer."""
+    with stub_service(short_path, SPARK_LLM_GATEWAY__KEEP_ALIVE_S="1") as running:
+        running.listening()
+        with closing(http.client.HTTPConnection("127.0.0.1", running.port, 30)) as client:
+            client.connect()
+            idle = client.sock
+            for _ in range(2):
+                client.request("GET", "/livez")
+                assert client.getresponse().read()
+            answered = time.monotonic()
+            assert client.sock is idle
+            assert idle.recv(1) == b""
+            assert 0.9 < time.monotonic() - answered < 4
+
+
+def test_proxies_give_up_an_idle_connection_first() -> None:
+    """By default no common proxy finds a connection closed that it still meant to use; Caddy keeps them longest."""
+    assert Settings().gateway.keep_alive_s > 120

@@ -49,6 +49,8 @@ class Gateway(_Section):
         header_timeout_s: time a client has to send its request's head and body, in seconds.
         send_timeout_s: how long a client may take nothing of its answer before its request is aborted, in seconds; as
             nginx's ``send_timeout``.
+        keep_alive_s: how long a connection without a request stays open, in seconds; longer than reverse proxies keep
+            theirs by default (nginx 60, Traefik 90, Caddy 120), or they send a request into one that is being closed.
         max_running: requests handed to the engine at once.
         max_queue: requests that wait for one of those places; one more is answered 429.
         queue_timeout_s: longest wait for a place, in seconds.
@@ -64,6 +66,7 @@ class Gateway(_Section):
     max_header_bytes: Annotated[int, Field(ge=4096)] = 64 * 2**10
     header_timeout_s: Seconds = 30.0
     send_timeout_s: Seconds = 60.0
+    keep_alive_s: Annotated[int, Field(ge=1)] = 150
     max_running: Annotated[int, Field(ge=1)] = 256
     max_queue: Annotated[int, Field(ge=0)] = 256
     queue_timeout_s: Seconds = 60.0

@@ -47,6 +47,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 date_header=False,
+                timeout_keep_alive=settings.keep_alive_s,
                 timeout_graceful_shutdown=_CLOSE_TIMEOUT_S,
                 ssl_context_factory=None if tls is None else lambda *_: tls,
             )
