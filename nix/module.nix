@@ -22,17 +22,14 @@ let
   ours = flake.packages.${pkgs.stdenv.hostPlatform.system};
   host = cfg.settings.gateway.host or "127.0.0.1";
   port = cfg.settings.gateway.port or 8000;
+  sparkLib = import ./lib { inherit lib; };
   units = pkgs.callPackage ./units.nix {
+    inherit sparkLib;
     spark-llm = cfg.package;
-    sparkLib = import ./lib { inherit lib; };
-    listen = "${host}:${toString port}";
+    gatewayHost = host;
+    gatewayPort = port;
     clients = lib.concatStringsSep " " cfg.clients;
   };
-  loopback = [
-    "127.0.0.1"
-    "::1"
-    "localhost"
-  ];
   clustered = cfg.cluster.peers != [ ];
   loaded = lib.mapAttrsToList (name: file: "${name}:${toString file}");
 in
@@ -122,7 +119,7 @@ in
         message = "services.spark-llm: there are no wheels for ${pkgs.stdenv.hostPlatform.system}; a DGX Spark is aarch64-linux.";
       }
       {
-        assertion = cfg.openFirewall -> !(lib.elem host loopback);
+        assertion = cfg.openFirewall -> !(sparkLib.address.isLoopback host);
         message = "services.spark-llm.openFirewall opens a port on which nothing listens: set services.spark-llm.settings.gateway.host as well (and make API keys with `spark-llm keys`).";
       }
       {

@@ -4,6 +4,7 @@ let
   call = file: import file { inherit lib; };
 in
 {
+  address = call ./address.nix;
   arch = call ./arch.nix;
   patches = call ./patches.nix;
   unit = call ./unit.nix;

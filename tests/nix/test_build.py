@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from flake import (
     ROOT,
+    STAND_IN,
     NixError,
     changed,
     nix_build,
@@ -162,7 +163,34 @@ def test_units_have_store_paths() -> None:
     assert rendered.keys() == sources
     assert "ExecStart=/nix/store/" in rendered["spark-llm.service"]
     assert "ListenStream=127.0.0.1:8000" in rendered["spark-llm.socket"]
-    assert not [name for name, text in rendered.items() if "@bin@" in text or "@listen@" in text]
+    assert not [name for name, text in rendered.items() if re.search("@[a-z]+@", text)]
+
+
+def test_units_have_the_configured_address() -> None:
+    """On NixOS too the socket listens at `gateway.host` as systemd writes it, and the ready unit may ask there."""
+    units = build(
+        "x86_64-linux",
+        f"""(let
+              lib = import {STAND_IN}/lib.nix;
+              flake.packages.x86_64-linux = {{ }};
+              system = import {STAND_IN}/nixos.nix {{ inherit lib; }} {{
+                modules = [
+                  (import {tree()}/nix/module.nix flake)
+                  {{
+                    nixpkgs.hostPlatform = "x86_64-linux";
+                    services.spark-llm = {{
+                      enable = true;
+                      package = {APPLIANCE};
+                      settings.gateway = {{ host = "fd00::1"; port = 8080; }};
+                    }};
+                  }}
+                ];
+              }};
+            in builtins.head system.config.systemd.packages)""",
+    )
+    folder = units / "lib/systemd/system"
+    assert "ListenStream=[fd00::1]:8080\n" in (folder / "spark-llm.socket").read_text()
+    assert "IPAddressAllow=fd00::1\n" in (folder / "spark-llm-ready.service").read_text()
 
 
 def test_apps_run() -> None:

@@ -16,6 +16,7 @@ from flake import (
     run_nix,
     tree,
 )
+from spark_llm import install
 
 SYSTEMS = ("aarch64-linux", "x86_64-linux")
 PACKAGES = {
@@ -115,6 +116,19 @@ def test_lib_functions_are_tested() -> None:
     assert result["failures"] == []
     assert result["untested"] == []
     assert result["count"] >= 25
+
+
+def test_units_address_is_the_installers() -> None:
+    """What NixOS makes of ``gateway.host`` is what `spark-llm install` makes of it, which systemd understands."""
+    hosts = ["127.0.0.1", "localhost", "::1", "127.0.1.1", "::", "0.0.0.0", "192.0.2.1", "fd00::1"]
+    expression = f"""let
+        lib = import {STAND_IN}/lib.nix;
+        inherit (import {tree()}/nix/lib {{ inherit lib; }}) address;
+      in map (h: [ (address.listen h 8000) (address.gateway h) (address.isLoopback h) ])
+        [ {" ".join(f'"{host}"' for host in hosts)} ]"""
+    ours = json.loads(run_nix("eval", "--impure", "--json", "--expr", expression))
+    theirs = [install.listen_on(host, 8000) for host in hosts]
+    assert ours == [[listen, gateway, who == "localhost"] for listen, who, gateway in theirs]
 
 
 def test_overlay_applies_once() -> None:

@@ -18,14 +18,19 @@ TREE = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The units as the installer writes them on this machine, each program replaced by one that exists."""
-    folder = tmp_path_factory.mktemp("units")
+    """The units as the installer writes them on this machine."""
+    return _write(tmp_path_factory.mktemp("units"), "127.0.0.1")
+
+
+def _write(folder: Path, host: str) -> Path:
+    """The units for a gateway on ``host``, each program replaced by one that exists."""
     programs = folder / "bin"
     programs.mkdir()
     for name in ("spark-llm", "spark-llm-guard", "driver-link"):
         (programs / name).symlink_to("/bin/true")
     said = subprocess.run(["systemctl", "--version"], capture_output=True, text=True, check=True)
-    site = install.Site(programs, systemd=int(said.stdout.split()[1]))
+    address = install.listen_on(host, 8000)
+    site = install.Site(programs, *address, systemd=int(said.stdout.split()[1]))
     for path, text in install.wanted(site).items():
         if path.parent == install.UNITS:
             (folder / path.name).write_text(text)
@@ -34,6 +39,16 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_verify_is_silent(written: Path) -> None:
     """``systemd-analyze verify`` has nothing to say about any unit."""
+    _verify(written)
+
+
+@pytest.mark.parametrize("host", ["localhost", "::1", "::", "0.0.0.0", "192.0.2.1", "2001:db8::1"])
+def test_every_address_is_understood(tmp_path: Path, host: str) -> None:
+    """Systemd takes what becomes of any ``gateway.host``."""
+    _verify(_write(tmp_path, host))
+
+
+def _verify(written: Path) -> None:
     names = [str(written / name) for name in UNITS]
     done = subprocess.run(
         ["systemd-analyze", "verify", *names], capture_output=True, text=True, check=False

@@ -45,6 +45,7 @@ class Site:
         bin: folder with the commands.
         listen: what the socket listens on.
         clients: who may connect, for ``IPAddressAllow=``.
+        gateway: where this machine itself asks the gateway, likewise.
         groups: which of :data:`GROUPS` exist.
         systemd: its version.
     """
@@ -52,6 +53,7 @@ class Site:
     bin: Path
     listen: str = "127.0.0.1:8000"
     clients: str = "localhost"
+    gateway: str = "localhost"
     groups: tuple[str, ...] = ()
     systemd: int = 255
 
@@ -106,7 +108,12 @@ def for_systemd(unit: str, version: int) -> str:
 def wanted(site: Site, templates: Path | None = None) -> dict[Path, str]:
     """Every file of an installation with its contents, but for the configuration, which is the owner's."""
     folder = templates or shipped_units()
-    values = {"bin": str(site.bin), "listen": site.listen, "clients": site.clients}
+    values = {
+        "bin": str(site.bin),
+        "listen": site.listen,
+        "clients": site.clients,
+        "gateway": site.gateway,
+    }
     files = {
         UNITS / path.name: MARK
         + for_systemd(fill(path.read_text(encoding="utf-8"), values), site.systemd)
@@ -197,13 +204,19 @@ def groups_of(root: Path) -> tuple[str, ...]:
     return tuple(name for name in GROUPS if name in present)
 
 
-def listen_on(host: str, port: int) -> tuple[str, str]:
-    """``ListenStream=`` and ``IPAddressAllow=`` for the configured address."""
+def listen_on(host: str, port: int) -> tuple[str, str, str]:
+    """``listen``, ``clients`` and ``gateway`` of a :class:`Site` for the configured address; as nix/lib/address.nix."""
     from spark_llm.sockets import is_loopback  # noqa: PLC0415  it imports the service's settings
 
     local = is_loopback(host)
     address = "127.0.0.1" if host == "localhost" else f"[{host}]" if ":" in host else host
-    return f"{address}:{port}", "localhost" if local else "any"
+    # What listens everywhere is asked on loopback.
+    asked_there = local or host in {"0.0.0.0", "::"}  # noqa: S104
+    return (
+        f"{address}:{port}",
+        "localhost" if local else "any",
+        "localhost" if asked_there else host,
+    )
 
 
 def _ours(text: str | None) -> bool:

@@ -198,8 +198,8 @@ def _site(prefix: Path, folder: Path) -> "Site":
 
     path = prefix / files.CONFIG
     gateway = config.load(path).gateway if path.is_file() else config.Gateway()
-    listen, clients = files.listen_on(gateway.host, gateway.port)
-    return files.Site(folder, listen, clients, files.groups_of(prefix), _systemd_version())
+    address = files.listen_on(gateway.host, gateway.port)
+    return files.Site(folder, *address, files.groups_of(prefix), _systemd_version())
 
 
 def _systemd_version() -> int:
