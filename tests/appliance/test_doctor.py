@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from spark_llm import doctor
 from spark_llm.caches import CacheRoot
-from spark_llm.config import Settings, Store
+from spark_llm.config import Memory, Settings, Store
 from spark_llm.doctor import Finding, Level, driver_finding, examine
 from spark_llm.folders import Folders
 from spark_llm.store.layout import ModelFolder
@@ -162,9 +162,24 @@ def test_caches_above_the_limit_are_a_warning(tmp_path: Path) -> None:
 
 def test_drivers_that_are_known_to_fail_on_gb10_are_warned_of() -> None:
     """580 is what DGX OS ships; 590 dead-locks there; other GPUs are their owner's business."""
-    assert driver_finding("NVIDIA GB10", "580.95.05").level is Level.OK
-    assert driver_finding("NVIDIA GB10", "590.44").level is Level.WARN
-    assert driver_finding("NVIDIA H100", "590.44").level is Level.OK
+    known = Settings().memory.drivers
+    assert driver_finding("NVIDIA GB10", "580.95.05", known).level is Level.OK
+    assert driver_finding("NVIDIA GB10", "590.44", known).level is Level.WARN
+    assert driver_finding("NVIDIA H100", "590.44", known).level is Level.OK
+
+
+def test_drivers_are_judged_by_the_setting(
+    hub: LocalHub, folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever allows another driver is warned of it neither at the start nor here; an empty list allows any."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho NVIDIA GB10, 610.10\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    for drivers, level in ((("580.",), Level.WARN), (("580.", "610."), Level.OK), ((), Level.OK)):
+        allowed = settings(hub).model_copy(update={"memory": Memory(drivers=drivers)})
+        assert by_check(examine(allowed, folders, {}))["driver"].level is level
 
 
 def test_the_command_prints_lines_or_json(

@@ -30,8 +30,6 @@ _TIMEOUT_S = 5.0
 _CLOCK_WARN_S = 30.0
 _CLOCK_FAIL_S = 300.0
 """TLS certificates and signed addresses are judged by the clock; S3 refuses requests 15 minutes off."""
-KNOWN_DRIVERS = ("580.",)
-"""DGX OS ships this branch; 590 dead-locks in CUDA graph capture (eugr/spark-vllm-docker README)."""
 
 
 class Level(StrEnum):
@@ -79,13 +77,13 @@ def examine(
         *check_leftovers(folders.models, repair=repair),
         *check_locks(folders.models),
         *check_caches(CacheRoot(folders.cache), settings.cache.max_bytes),
-        *check_driver(),
+        *check_driver(settings.memory.drivers),
         *check_versions(),
     ]
 
 
 def check_disk(models: Path, reserve: int) -> Iterable[Finding]:
-    """Room for at least the reserve, and inodes."""
+    """Room for at least the reserve, in bytes."""
     free = free_bytes(models)
     if free < reserve:
         message = (
@@ -168,7 +166,12 @@ def _check_token(
         return
     if token is None:
         message = "no hub token; gated and private models cannot be fetched"
-        yield Finding("token", Level.OK, message, "docs/how-to/models.md says how to store one.")
+        yield Finding(
+            "token",
+            Level.OK,
+            message,
+            "For gated models: sudo install -Dm600 FILE /etc/credstore/spark-llm.hub-token",
+        )
         return
     source = next(token_sources(token_file, environment))[0]
     try:
@@ -334,8 +337,8 @@ def check_caches(root: CacheRoot, limit: int) -> Iterable[Finding]:
             )
 
 
-def check_driver() -> Iterable[Finding]:
-    """The NVIDIA driver, if there is a GPU."""
+def check_driver(known: tuple[str, ...]) -> Iterable[Finding]:
+    """The NVIDIA driver, if there is a GPU; ``known`` as ``memory.drivers``."""
     program = shutil.which("nvidia-smi")
     if program is None:
         yield Finding(
@@ -351,13 +354,15 @@ def check_driver() -> Iterable[Finding]:
         )
         return
     for line in ran.stdout.strip().splitlines():
-        yield driver_finding(*(part.strip() for part in line.rsplit(",", 1)))
+        gpu, version = (part.strip() for part in line.rsplit(",", 1))
+        yield driver_finding(gpu, version, known)
 
 
-def driver_finding(gpu: str, version: str) -> Finding:
-    """What to think of a driver on a GPU."""
-    if "GB10" in gpu and not version.startswith(KNOWN_DRIVERS):
-        hint = f"GB10 is known to work with {', '.join(KNOWN_DRIVERS)}x; 590 dead-locks in CUDA graph capture."
+def driver_finding(gpu: str, version: str, known: tuple[str, ...]) -> Finding:
+    """What to think of a driver on a GPU; with nothing ``known``, any will do."""
+    if known and "GB10" in gpu and not version.startswith(known):
+        names = ", ".join(f"{prefix}x" for prefix in known)
+        hint = f"GB10 is known to work with {names} (memory.drivers); 590 dead-locks in CUDA graph capture."
         return Finding("driver", Level.WARN, f"{gpu} with driver {version}", hint)
     return Finding("driver", Level.OK, f"{gpu} with driver {version}")
 
