@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from spark_llm import config
 from spark_llm.store import Request, Store
 
 from tests.hub.pulls import MODEL, Puller
@@ -32,13 +33,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def pull(hub: LocalHub, store: Store) -> Puller:
-    request = Request(
-        str(store.root),
-        MODEL,
-        endpoint=hub.endpoint,
-        reserve_bytes=0,
-        stall_timeout_s=10,
-        attempts=3,
-        backoff_s=0.01,
+    settings = config.Store(
+        endpoint=hub.endpoint, reserve_bytes=0, stall_timeout_s=10, attempts=3, backoff_s=0.01
     )
-    return Puller(hub, store, request)
+    return Puller(hub, store, Request(str(store.root), MODEL, **settings.model_dump()))

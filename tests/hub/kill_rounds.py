@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from spark_llm import config
 from spark_llm.errors import SparkLlmError
 from spark_llm.store import Request, Store, bundle, hub
 from spark_llm.store.fetch import Fetch
@@ -90,9 +91,8 @@ def damage(root: Path, chance: random.Random) -> None:
 def main(endpoint: str, folder: Path, rounds: int, seed: int) -> None:
     chance = random.Random(seed)
     root = folder / "store"
-    request = Request(
-        str(root), MODEL, endpoint=endpoint, reserve_bytes=0, backoff_s=0.01, xet=False
-    )
+    settings = config.Store(endpoint=endpoint, reserve_bytes=0, backoff_s=0.01, xet=False)
+    request = Request(str(root), MODEL, **settings.model_dump())
 
     def pull() -> object:
         return Fetch(request, lambda _: None, talk).run()

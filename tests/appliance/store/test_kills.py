@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from spark_llm import config
 from spark_llm.commands import store as commands
 from spark_llm.errors import TryAgainError
 from spark_llm.store import Event, Failure, Note, Request, Store
@@ -92,7 +93,7 @@ def doomed(monkeypatch: pytest.MonkeyPatch, store: Store) -> Request:
     monkeypatch.setattr(
         Request, "command", lambda _: ["/bin/sh", "-c", f"echo '{said}'; kill -9 $$"]
     )
-    return Request(str(store.root), MODEL)
+    return Request(str(store.root), MODEL, **config.Store().model_dump())
 
 
 def assert_silent(events: list[Event]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass
 
 DEFAULT_REVISION = "main"
 
@@ -19,7 +19,7 @@ class Request:
         allow_pickle: accept weights whose loading runs code.
         adopt: folder or hub cache to take files from without copying; empty for none.
         dry_run: stop before the first byte and say what would be fetched.
-        endpoint: see ``config.Store``, as all below.
+        endpoint: see ``config.Store``, as all below; the settings have the defaults, and only they.
         token_file: a path, never the token.
         reserve_bytes: in bytes.
         workers: files at once.
@@ -36,14 +36,15 @@ class Request:
     allow_pickle: bool = False
     adopt: str = ""
     dry_run: bool = False
-    endpoint: str = ""
-    token_file: str = ""
-    reserve_bytes: int = 10 * 2**30
-    workers: int = 8
-    stall_timeout_s: float = 60.0
-    attempts: int = 6
-    backoff_s: float = 1.0
-    xet: bool = True
+    _: KW_ONLY
+    endpoint: str
+    token_file: str
+    reserve_bytes: int
+    workers: int
+    stall_timeout_s: float
+    attempts: int
+    backoff_s: float
+    xet: bool
 
     def command(self) -> list[str]:
         """The process that serves this request; its arguments hold no secret."""
