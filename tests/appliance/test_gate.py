@@ -11,7 +11,6 @@ FACTS = GateFacts(
     reserve_bytes=16 * GIB,
     available_bytes=100 * GIB,
     total_bytes=121 * GIB,
-    disk_free_bytes=100 * GIB,
     driver="580.159.03",
     drivers=("580.",),
 )
@@ -21,10 +20,6 @@ TABLE = [
     (replace(FACTS, available_bytes=66 * GIB - 1), Action.WAIT, Reason.MEMORY),
     (replace(FACTS, available_bytes=60 * GIB, waited_s=300), Action.REFUSE, Reason.MEMORY),
     (replace(FACTS, need_bytes=106 * GIB), Action.REFUSE, Reason.DOES_NOT_FIT),
-    (replace(FACTS, disk_need_bytes=101 * GIB), Action.REFUSE, Reason.NO_DISK),
-    (replace(FACTS, nodes=2), Action.WAIT, Reason.PEERS),
-    (replace(FACTS, nodes=2, waited_s=301), Action.REFUSE, Reason.PEERS),
-    (replace(FACTS, nodes=2, peers_ready=1), Action.GO, Reason.OK),
 ]
 
 

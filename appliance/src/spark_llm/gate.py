@@ -33,12 +33,8 @@ class GateFacts:
         total_bytes: ``MemTotal``, in bytes.
         waited_s: time spent waiting so far, in seconds.
         timeout_s: longest wait, in seconds.
-        disk_free_bytes: free space where caches go, in bytes.
-        disk_need_bytes: what the caches may take, in bytes.
         driver: version of the NVIDIA driver; empty where there is none.
         drivers: prefixes of driver versions known to work, e.g. ``("580.",)``; empty allows any.
-        nodes: machines the profile needs.
-        peers_ready: other machines that have joined.
     """
 
     need_bytes: int
@@ -48,12 +44,8 @@ class GateFacts:
     promised_bytes: int = 0
     waited_s: float = 0.0
     timeout_s: float = 300.0
-    disk_free_bytes: int = 0
-    disk_need_bytes: int = 0
     driver: str = ""
     drivers: tuple[str, ...] = ()
-    nodes: int = 1
-    peers_ready: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,44 +79,21 @@ def decide(facts: GateFacts) -> GateVerdict:
             "`spark-llm fit` shows the ledger and the largest context that fits.",
             warnings,
         )
-    if facts.disk_free_bytes < facts.disk_need_bytes:
-        return GateVerdict(
-            Action.REFUSE,
-            Reason.NO_DISK,
-            f"{_gib(facts.disk_free_bytes)} free for caches, {_gib(facts.disk_need_bytes)} needed",
-            "`spark-llm cache prune` removes old compile caches.",
-            warnings,
-        )
-    if facts.peers_ready < facts.nodes - 1:
-        return _wait(
-            facts,
-            Reason.PEERS,
-            f"{facts.peers_ready + 1} of {facts.nodes} nodes are there",
-            "Start `spark-llm worker` on the other node.",
-            warnings,
-        )
     short = facts.need_bytes + facts.reserve_bytes + facts.promised_bytes - facts.available_bytes
     if short > 0:
         promised = f", {_gib(facts.promised_bytes)} of it promised to other engines"
-        return _wait(
-            facts,
+        late = facts.waited_s >= facts.timeout_s
+        after = f", after {facts.waited_s:.0f} s" if late else ""
+        return GateVerdict(
+            Action.REFUSE if late else Action.WAIT,
             Reason.MEMORY,
             f"{_gib(facts.need_bytes)} needed and {_gib(facts.reserve_bytes)} kept for the host, "
             f"{_gib(facts.available_bytes)} available{promised if facts.promised_bytes else ''}: "
-            f"{_gib(short)} short",
+            f"{_gib(short)} short{after}",
             "Stop what else uses memory, or lower the context.",
             warnings,
         )
     return GateVerdict(Action.GO, warnings=warnings)
-
-
-def _wait(
-    facts: GateFacts, reason: Reason, message: str, hint: str, warnings: tuple[str, ...]
-) -> GateVerdict:
-    late = facts.waited_s >= facts.timeout_s
-    if late:
-        message = f"{message}, after {facts.waited_s:.0f} s"
-    return GateVerdict(Action.REFUSE if late else Action.WAIT, reason, message, hint, warnings)
 
 
 def _warnings(facts: GateFacts) -> tuple[str, ...]:

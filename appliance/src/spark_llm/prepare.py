@@ -17,6 +17,7 @@ from spark_llm.argv import Argv
 from spark_llm.caches import CacheRoot, Namespace
 from spark_llm.config import Settings
 from spark_llm.demo_model import SEED, write_demo_model
+from spark_llm.engine import engine_missing, need_interpreter
 from spark_llm.errors import RefusedError
 from spark_llm.folders import Folders
 from spark_llm.high_water import HighWater, build_of
@@ -207,7 +208,6 @@ class Preparation:
                     timeout_s=memory.gate_timeout_s,
                     driver=host.driver_version(),
                     drivers=memory.drivers,
-                    nodes=profile.nodes,
                 )
             )
             if verdict.action is gate.Action.GO:
@@ -264,12 +264,7 @@ class Preparation:
 
         # Which model and draft these are, their identities say; where they lie is nothing to the caches.
         bare = build({}, draft and Path("draft"))
-        if not (python.is_file() and os.access(python, os.X_OK)):
-            raise RefusedError(
-                f"the engine's interpreter {python} is not there",
-                reason=Reason.ENGINE_MISSING,
-                hint="In a checkout, `make engine` installs it; engine.python names another.",
-            )
+        need_interpreter(python)
         speculative = profile.speculative
         bits = manifest.build(
             engine=await asyncio.to_thread(_engine_build, python),
@@ -348,11 +343,7 @@ def _engine_build(python: Path) -> str:
     try:
         return manifest.engine_build(python)
     except OSError as error:
-        raise RefusedError(
-            str(error),
-            reason=Reason.ENGINE_MISSING,
-            hint="In a checkout, `make engine` installs it; engine.python names another.",
-        ) from error
+        raise engine_missing(str(error)) from error
 
 
 def _refuse_wrong_machine(profile: Profile, python: Path) -> None:
