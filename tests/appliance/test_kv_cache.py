@@ -131,7 +131,6 @@ def test_known_model_by_hand() -> None:
     assert [group.block_size for group in cache.groups if not group.states] == [block]
     assert cache.block_bytes == 12 * block * 1024
     assert cache.blocks_per_sequence(65536) == -(-65536 // block) + 3 * 2
-    assert cache.bytes_per_token() == 12 * 1024
 
 
 def test_two_nodes_halve_the_heads() -> None:

@@ -87,11 +87,6 @@ class Layout:
         """
         return (self.blocks_per_sequence(tokens) * sequences + 1) * self.block_bytes
 
-    def bytes_per_token(self) -> float:
-        """Growth per token of a long sequence: full attention only."""
-        growing = [item for item in self.groups if not item.states and not item.window]
-        return sum(self.block_bytes / item.block_size for item in growing)
-
     def blocks(self, cache_bytes: int) -> int:
         """Blocks that fit into ``cache_bytes``, with the one that vLLM keeps to itself."""
         return cache_bytes // self.block_bytes

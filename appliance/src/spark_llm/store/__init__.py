@@ -4,7 +4,6 @@
 here imports huggingface_hub; that happens in ``spark_llm.store.hub``, which only ever runs as that process.
 """
 
-from spark_llm.store.credentials import SECRET_VARIABLES
 from spark_llm.store.lock import BusyError
 from spark_llm.store.plan import split_name
 from spark_llm.store.progress import Event, Failure, Note, Progress, Result
@@ -12,7 +11,6 @@ from spark_llm.store.request import Request
 from spark_llm.store.store import Store, StoredModel, Verification
 
 __all__ = [
-    "SECRET_VARIABLES",
     "BusyError",
     "Event",
     "Failure",

@@ -9,8 +9,6 @@ from spark_llm.reason import Reason
 
 CREDENTIAL = "hub-token"
 """Name of the systemd credential: ``LoadCredential=hub-token:/etc/spark-llm/hub-token``."""
-SECRET_VARIABLES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH", "CREDENTIALS_DIRECTORY")
-"""Variables that must not reach the engine."""
 
 
 def read_token(token_file: str, environ: Mapping[str, str]) -> str | None:

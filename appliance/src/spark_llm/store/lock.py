@@ -36,17 +36,6 @@ class Owner:
     reason: str
     since: float
 
-    @property
-    def alive(self) -> bool:
-        """Whether a process of that id runs; it may be another one by now."""
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            return True
-        return True
-
 
 class BusyError(TryAgainError):
     """Somebody else holds the lock.

@@ -32,11 +32,9 @@ class Selection:
 
     Attributes:
         files: to be fetched, largest first.
-        skipped: left out: pickles beside safetensors, weights of other frameworks.
     """
 
     files: tuple[RemoteFile, ...]
-    skipped: tuple[RemoteFile, ...]
 
     @property
     def size(self) -> int:
@@ -162,8 +160,7 @@ def select(model: str, tree: Iterable[RemoteFile], *, allow_pickle: bool = False
         return file.path.endswith(endings) or file.path.startswith(copies)
 
     kept = [file for file in files if not skipped(file)]
-    left = [file for file in files if skipped(file)]
-    return Selection(tuple(sorted(kept, key=lambda file: (-file.size, file.path))), tuple(left))
+    return Selection(tuple(sorted(kept, key=lambda file: (-file.size, file.path))))
 
 
 def check_shards(model: str, names: set[str]) -> None:
