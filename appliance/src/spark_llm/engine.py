@@ -71,13 +71,7 @@ class EngineProcess:
         Raises:
             RefusedError: the program is not there.
         """
-        program = Path(argv.args[0])
-        if not (program.is_file() and os.access(program, os.X_OK)):
-            raise RefusedError(
-                f"the engine's interpreter {program} is not there",
-                reason=Reason.ENGINE_MISSING,
-                hint="In a checkout, `make engine` installs it; engine.python names another.",
-            )
+        need_interpreter(Path(argv.args[0]))
         socket.unlink(missing_ok=True)
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         tree = cgroup.current()
@@ -173,6 +167,25 @@ class EngineProcess:
             await asyncio.sleep(_REAP_INTERVAL_S)
         await asyncio.wait({self._tasks[0]}, timeout=1.0)  # the last lines say why it died
         self.exited.set()
+
+
+def need_interpreter(python: Path) -> None:
+    """Refuse what cannot be started.
+
+    Raises:
+        RefusedError: ``python`` is not there, or may not be executed.
+    """
+    if not (python.is_file() and os.access(python, os.X_OK)):
+        raise engine_missing(f"the engine's interpreter {python} is not there")
+
+
+def engine_missing(message: str) -> RefusedError:
+    """The error for an engine that is not there, or not whole."""
+    return RefusedError(
+        message,
+        reason=Reason.ENGINE_MISSING,
+        hint="In a checkout, `make engine` installs it; engine.python names another.",
+    )
 
 
 async def _readable(fd: int) -> None:
