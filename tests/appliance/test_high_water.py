@@ -12,7 +12,8 @@ import pytest
 from spark_llm import host
 from spark_llm.footprint import Footprint, weigh
 from spark_llm.high_water import HighWater, Mark, Recording, build_of, key, learned
-from spark_llm.ledger import GIB, Ledger, Measured, account, overhead
+from spark_llm.ledger import GIB, Ledger, Measured, account
+from spark_llm.overhead import overhead
 from spark_llm.profile import Engine, Profile, load_profile, shipped_folder
 from spark_llm.promises import Promises
 from spark_llm.starts import Starts

@@ -279,6 +279,7 @@ def _gpt_oss(layers: int, experts: int) -> Architecture:
             "num_local_experts": experts,
             "num_experts_per_tok": 4,
             "vocab_size": 201088,
+            "quantization_config": {"quant_method": "mxfp4"},
         }
     )
 
@@ -381,6 +382,21 @@ SHIPPED = [
     name for name in profile_names((shipped_folder(),)) if name != "demo"
 ]  # which tests/e2e runs
 COUNTS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "sixteen")
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "more"),
+    [("gpt-oss-120b", 56.73065, 5.12677), ("gpt-oss-20b", 9.45511, 0.85446)],
+)
+def test_padded_experts_are_counted(name: str, experts: float, more: float) -> None:
+    """What vLLM's own shapes for Marlin take beyond the file (sizes in GiB, from its oracle/mxfp4.py) is a line."""
+    profile = load_profile(name, (shipped_folder(),))
+    parts = ((Part.BODY, GIB), (Part.EXPERTS, int(experts * GIB)))
+    padded = account(profile, SPARK, Model(KNOWN[name], Weights(parts)))
+    assert size(padded, "padding of experts") / GIB == pytest.approx(more, rel=1e-4)
+    other = replace(KNOWN[name], quantization="fp8")
+    plain = account(profile, SPARK, Model(other, Weights(parts)))
+    assert padded.need_bytes - plain.need_bytes == size(padded, "padding of experts")
 
 
 def _smallest(profile: Profile) -> Machine:

@@ -1,5 +1,6 @@
 """Bytes per decode step against tables worked out by hand, and the achieved share of them."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -134,6 +135,16 @@ def test_parts_of_a_step() -> None:
     assert moved.state / GB == pytest.approx(0.15, abs=0.005)
     assert moved.kv == 12 * 2 * 512 * 1024
     assert moved.draft == 0
+
+
+def test_padded_experts_are_read_padded() -> None:
+    """Experts that the engine holds padded are counted as it reads them."""
+    plain = qwen80(BF16, BF16)
+    shapes = replace(plain.architecture, quantization="mxfp4", hidden=2880, expert_width=2880)
+    padded = replace(plain, architecture=shapes)
+    served = profile(backends={"attention": "FLASHINFER", "linear": "marlin", "moe": "marlin"})
+    ratio = step(served, padded).experts / step(served, plain).experts
+    assert ratio == pytest.approx(3072 * 2944 / 2880**2)
 
 
 def test_limit_of_a_gb10() -> None:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
-from spark_llm.ledger import overhead
+from spark_llm.overhead import overhead
 from spark_llm.profile import Engine
 
 from tests.appliance.service import Service, wait_for

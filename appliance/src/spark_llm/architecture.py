@@ -78,6 +78,8 @@ class Architecture:
         vocabulary: tokens; a draft model must have the same.
         hidden: width of the residual stream.
         widest: width of the widest layer that one token passes: MLP, or its active experts together.
+        expert_width: of one routed expert; 0 for a dense model.
+        quantization: of the weights, ``quant_method`` of config.json; empty where it names none.
     """
 
     model_type: str
@@ -91,6 +93,8 @@ class Architecture:
     vocabulary: int
     hidden: int
     widest: int
+    expert_width: int = 0
+    quantization: str = ""
 
 
 def read_architecture(config: Mapping[str, Any], *, draft: bool = False) -> Architecture:
@@ -120,6 +124,8 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], *, draft: bool) ->
         raise _unknown(text, "it names no layers")
     heads = [layer for layer in layers if isinstance(layer, Attention) and not layer.window]
     drafts = int(_first(text, "mtp_num_hidden_layers", "num_nextn_predict_layers") or 0)
+    experts = _experts(text)
+    quantization = _first(config, "quantization_config") or _first(text, "quantization_config")
     dtype = _first(config, "dtype", "torch_dtype") or _first(text, "dtype", "torch_dtype")
     return Architecture(
         model_type=str(text.get("model_type", "")),
@@ -129,10 +135,12 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], *, draft: bool) ->
         state_dtype=_state_dtype(text),
         max_context=int(text.get("max_position_embeddings") or 0),
         tied_embeddings=bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings"))),
-        experts=_experts(text),
+        experts=experts,
         vocabulary=int(text.get("vocab_size") or 0),
         hidden=int(text.get("hidden_size") or 0),
         widest=_widest(text),
+        expert_width=_expert_width(text) if experts else 0,
+        quantization=str((quantization or {}).get("quant_method") or ""),
     )
 
 
@@ -152,11 +160,14 @@ def _experts(text: Mapping[str, Any]) -> Experts | None:
 
 def _widest(text: Mapping[str, Any]) -> int:
     dense = int(text.get("intermediate_size") or 0)
-    # gpt-oss and MiniMax call an expert's width intermediate_size.
-    expert = int(text.get("moe_intermediate_size") or dense)
-    routed = expert * int(_first(text, *_ACTIVE) or 0)
+    routed = _expert_width(text) * int(_first(text, *_ACTIVE) or 0)
     shared = int(text.get("shared_expert_intermediate_size") or 0)
     return max(dense, routed + shared)
+
+
+def _expert_width(text: Mapping[str, Any]) -> int:
+    # gpt-oss and MiniMax call an expert's width intermediate_size.
+    return int(text.get("moe_intermediate_size") or text.get("intermediate_size") or 0)
 
 
 def _layers(text: Mapping[str, Any], kinds: list[str]) -> list[Layer]:

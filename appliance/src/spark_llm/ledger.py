@@ -4,45 +4,21 @@ Unified memory leaves no room for guesses: what does not fit does not fail, it f
 each line names where its number comes from, and what is not known is rounded up.
 """
 
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
 from math import ceil
 
 from spark_llm import kernels, kv_cache
 from spark_llm.architecture import DTYPE_BYTES, Architecture
 from spark_llm.errors import ConfigError
 from spark_llm.kernels import Presence
+from spark_llm.overhead import Overhead, overhead
+from spark_llm.padding import expert_growth
 from spark_llm.profile import Engine, Profile
 from spark_llm.reason import Reason
 from spark_llm.weights import Part, Weights
 
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Overhead:
-    """What an engine takes beside weights and KV cache, in bytes; numbers and sources in memory.toml."""
-
-    runtime_bytes: int
-    runtime_source: str
-    graph_bytes: int
-    graph_source: str
-    shared_bytes: int
-    shared_source: str
-    block_size: int
-    load_factor: float
-    margin_share: float
-    margin_bytes: int
-
-
-@cache
-def overhead(engine: Engine) -> Overhead:
-    """Overhead of one build of the engine, from memory.toml."""
-    table = tomllib.loads(files("spark_llm").joinpath("memory.toml").read_text(encoding="utf-8"))
-    return Overhead(**table[engine.value])
 
 
 @dataclass(frozen=True)
@@ -344,6 +320,9 @@ def _screened(profile: Profile, model: Model | None, ours: frozenset[str]) -> in
     return total
 
 
+_PADDING_SOURCE = "MXFP4 experts on whole tiles of the kernel (vLLM's oracle/mxfp4.py)"
+
+
 def _weights(
     profile: Profile, model: Model | None, extra: Overhead, ours: frozenset[str]
 ) -> list[Line]:
@@ -366,6 +345,9 @@ def _weights(
         back = int(model.weights.coded * (1 - kernels.CODED_SHARE) / profile.nodes)
         source += f"; bf16x gives back about {_gib(back)} after the load, not counted"
     lines = [Line("weights", _held(loaded, profile, extra), source)]
+    growth = expert_growth(model.architecture, profile.backends.moe, profile.nodes)
+    padding = ceil(model.weights.size(Part.EXPERTS) * (growth - 1))
+    lines.append(Line("padding of experts", padding // profile.nodes, _PADDING_SOURCE))
     if model.draft_weights and model.draft:
         tied = model.draft.tied_embeddings
         own = model.draft_weights.loaded(draft=True, tied=tied)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from spark_llm.architecture import DTYPE_BYTES, Attention, State
 from spark_llm.kv_cache import bytes_per_head
 from spark_llm.ledger import Model
+from spark_llm.padding import expert_growth
 from spark_llm.profile import Profile
 from spark_llm.weights import Part
 
@@ -54,7 +55,9 @@ def step(profile: Profile, model: Model, *, sequences: float = 1, context: int =
     head = weights.size(Part.LM_HEAD)
     if architecture.tied_embeddings or not head:
         head = weights.size(Part.EMBEDDING)
-    experts = float(weights.size(Part.EXPERTS))
+    experts = weights.size(Part.EXPERTS) * expert_growth(
+        architecture, profile.backends.moe, profile.nodes
+    )
     if architecture.experts:
         tokens = sequences * (1 + drafted)
         experts *= expected_share(architecture.experts.total, architecture.experts.active, tokens)
