@@ -159,6 +159,16 @@ def test_override_of_patches_and_plugins() -> None:
     assert out == {"differs": True, "patches": 0, "plugins": ["spark-kernels-0.1.0", "driver-link"]}
 
 
+def test_service_without_kernels_compiled_ahead() -> None:
+    """The way to begin without FlashInfer's hours, as docs/how-to/build.md writes it, evaluates to another service."""
+    expression = """
+      let p = pkgs; in (p.spark-llm.override {
+        vllm-gb10 = p.vllm-gb10.override { flashinfer-aot = null; };
+      }).drvPath != p.spark-llm.drvPath"""
+    out = run_nix("eval", "--json", *overlaid("aarch64-linux", expression))
+    assert json.loads(out) is True
+
+
 def test_patches_are_in_order() -> None:
     """vllm-gb10 takes exactly the patch files of its folder, by number."""
     out = nix_eval(
@@ -196,7 +206,7 @@ def test_image_is_not_its_users() -> None:
 
 
 def test_nixos_module() -> None:
-    """A system with the service gets its users, port and credentials; the hub token goes to the fetch units alone."""
+    """A system with the service gets its users, groups, port and credentials; the hub token goes to the fetch units alone."""
     out = run_nix(
         "eval",
         "--json",
@@ -208,6 +218,7 @@ def test_nixos_module() -> None:
     )
     assert json.loads(out) == {
         "credential": {"service": ["api-keys:/run/keys"], "fetch": ["hub-token:/run/token"]},
+        "groups": list(install.GROUPS),
         "ports": [8000],
         "users": ["spark-llm", "spark-llm-fetch"],
     }
@@ -256,6 +267,7 @@ def machine(settings: str) -> list[str]:
             service = system.config.systemd.services.spark-llm;
             fetch = system.config.systemd.services."spark-llm-fetch@";
           }};
+          groups = system.config.users.users.spark-llm.extraGroups;
           ports = system.config.networking.firewall.allowedTCPPorts;
           users = builtins.attrNames system.config.users.users;
         }}""",

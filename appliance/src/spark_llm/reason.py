@@ -1,4 +1,4 @@
-"""One code per cause: the same word in the API, metrics, journal, ``STATUS=`` and the web page."""
+"""One code per cause: the same word in the API, metrics, journal, and ``STATUS=``."""
 
 from enum import StrEnum
 

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -19,6 +21,8 @@ from huggingface_hub.errors import (
 from spark_llm.errors import SparkLlmError
 from spark_llm.reason import Reason
 
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How Rust words an errno; hf_xet's exceptions have it there alone."""
 _RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 
 
@@ -48,12 +52,14 @@ def describe(error: BaseException, model: str, endpoint: str, *, authenticated: 
         return Trouble(error.reason, error.message, error.hint)
     if isinstance(error, HfHubHTTPError):
         return _describe_http(error, model, page, authenticated=authenticated)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    number = _errno(error)
+    if number in (errno.ENOSPC, errno.EDQUOT):
         return Trouble(Reason.NO_DISK, f"the disk filled up while {model} was fetched", _FREE_SPACE)
-    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
+        where = getattr(error, "filename", None) or "what the transfer needs beside the model"
         return Trouble(
             Reason.UNWRITABLE_DIRECTORY,
-            f"cannot write {error.filename}: {error.strerror}",
+            f"cannot write {where}: {os.strerror(number)}",
             "`spark-llm doctor` says more.",
         )
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.InvalidURL):
@@ -75,6 +81,13 @@ def describe(error: BaseException, model: str, endpoint: str, *, authenticated: 
     )
 
 
+def _errno(error: BaseException) -> int | None:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    found = _OS_ERROR.search(str(error))
+    return int(found[1]) if found else None
+
+
 _FREE_SPACE = "Free space with `spark-llm rm` or `spark-llm cache prune`, then pull again: finished files are kept."
 _CHECK_NETWORK = "Check the network and HF_ENDPOINT, then pull again: finished files are kept."
 
@@ -84,7 +97,7 @@ def _describe_http(  # noqa: PLR0911  one return a cause
 ) -> Trouble:
     status = error.response.status_code
     accept = f"Accept the licence at {page} with the account of your token"
-    missing_token = "" if authenticated else "; then give the token: docs/how-to/models.md"
+    missing_token = "" if authenticated else "; then give the token: `token_file` of [store], or HF_TOKEN"
     if urlsplit(str(error.response.url))[:2] != urlsplit(page)[:2]:
         # the CDN: a signed address that ran out during a long transfer answers 403; the next try gets a fresh one
         return Trouble(
@@ -115,7 +128,7 @@ def _describe_http(  # noqa: PLR0911  one return a cause
     if isinstance(error, RepositoryNotFoundError) and not authenticated:
         return Trouble(
             Reason.NOT_FOUND, f"the hub has no public model {model}",
-            "Check the name. If it is private, give the token of an account that may read it: docs/how-to/models.md.",
+            "Check the name. If it is private, give the token of an account that may read it: `token_file` of [store], or HF_TOKEN.",
         )  # fmt: skip
     if status == httpx2.codes.UNAUTHORIZED:
         return Trouble(
