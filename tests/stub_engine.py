@@ -26,6 +26,10 @@ LOAD_LINES = (
     "(EngineCore pid=2) INFO CPU KV cache size: 1,000 tokens",
     "(APIServer pid=1) INFO Starting vLLM server on unix:/x",
 )
+NO_CACHE = (
+    "(EngineCore pid=2) ERROR 11-21 12:02:47 [core.py:1510] ValueError: 0.5 GiB KV cache is needed, "
+    "which is larger than the available KV cache memory (0.2 GiB)."
+)
 
 
 class Stub:
@@ -182,6 +186,9 @@ def main() -> None:
         if fault == "exit-at-load":
             print("ValueError: the weights are wrong", flush=True)
             sys.exit(0)
+        if fault == "no-cache-at-load":
+            print(NO_CACHE, *["  a line of the API process's traceback"] * 60, sep="\n", flush=True)
+            sys.exit(1)
         if fault == "hang-at-load":
             signal.pause()
     asyncio.run(_serve(socket, fault))

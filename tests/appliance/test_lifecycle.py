@@ -207,6 +207,19 @@ def test_restart_budget_ends_in_failed_with_the_last_lines(short_path: Path) -> 
     _no_process_left(short_path)
 
 
+def test_cause_is_found_above_a_long_traceback(short_path: Path) -> None:
+    """What the engine core says before the API process's long traceback is the cause, is shown, and is not retried."""
+    with stub_service(short_path, "no-cache-at-load") as running:
+        running.listening()
+        status = running.wait_state("failed")
+        assert status["reason"] == "does_not_fit"
+        assert "code 1 while reading" in status["message"]
+        assert ": ValueError: 0.5 GiB KV cache is needed" in status["message"]
+        assert status["last_log"][0].endswith("KV cache memory (0.2 GiB).")
+        assert len(status["last_log"]) > 1
+        assert status["restarts"] == 1
+
+
 def test_crash_with_code_0_is_a_crash(short_path: Path) -> None:
     """An engine that exits with 0 when its core dies, as vLLM does, is restarted all the same."""
     with stub_service(short_path, "crash-later") as running:

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from spark_llm.policy import (
     Action,
+    Cause,
     Failure,
     Observation,
     Progress,
@@ -18,6 +19,7 @@ from spark_llm.policy import (
     exit_cause,
     follow,
     liveness,
+    name_cause,
     readiness,
 )
 from spark_llm.reason import Reason
@@ -112,9 +114,9 @@ RESTARTS = [
     ("third", failures(X, X, X), Action.RESTART, X, 0),
     ("fourth within the window", failures(X, X, X, X), Action.FAIL, Reason.RESTART_BUDGET, 0),
     ("fourth over hours", failures(X, X, X, X, every=1000), Action.RESTART, X, 1),
-    ("memory goes through the gate", failures(M), Action.RESTART_WHEN_MEMORY, M, 2),
+    ("memory once", failures(M), Action.RESTART, M, 2),
     ("memory twice", failures(M, M), Action.FAIL, M, 1),
-    ("memory twice, hours apart", failures(M, M, every=7200), Action.RESTART_WHEN_MEMORY, M, 2),
+    ("memory twice, hours apart", failures(M, M, every=7200), Action.RESTART, M, 2),
     ("bad flags", failures(Reason.BAD_PROFILE), Action.FAIL, Reason.BAD_PROFILE, 2),
     ("does not fit", failures(Reason.DOES_NOT_FIT), Action.FAIL, Reason.DOES_NOT_FIT, 2),
     ("wrong tokens", failures(Reason.CANARY), Action.FAIL, Reason.CANARY, 2),
@@ -164,24 +166,61 @@ CAUSES = [
         "To serve at least one request, 4.0 GiB KV cache is needed, which is larger than",
         Reason.DOES_NOT_FIT,
     ),
+    ("RuntimeError: CUDA error: out of memory", Reason.MEMORY),
+    ("RuntimeError: Found no NVIDIA driver on your system.", Reason.DRIVER),
+    ("RuntimeError: Failed to infer device type, please set", Reason.NO_GPU),
     ("vllm serve: error: unrecognized arguments: --modle", Reason.BAD_PROFILE),
     ("ValueError: Unknown vLLM environment variable detected: VLLM_X", Reason.BAD_PROFILE),
     ("safetensors_rust.SafetensorError: Error while deserializing header", Reason.MODEL_CORRUPT),
+    ("WARNING [interface.py:1458] Unknown vLLM environment variable detected: X", None),
     ("ModuleNotFoundError: No module named 'vllm'", Reason.ENGINE_MISSING),
-    ("NVRM: NV_ERR_NO_MEMORY logged by good starts too", Reason.ENGINE_EXITED),
-    ("Segmentation fault", Reason.ENGINE_EXITED),
+    ("Failed to import from vllm._C: No module named 'vllm._C'", None),
+    ("NVRM: NV_ERR_NO_MEMORY logged by good starts too", None),
+    ("Segmentation fault", None),
 ]
 
 
 @pytest.mark.parametrize(("line", "reason"), CAUSES)
-def test_exit_cause(line: str, reason: Reason) -> None:
-    """The engine's last lines name the cause of its end."""
-    assert exit_cause(["starting", line, "bye"], killed_by_guard=False) is reason
+def test_exit_cause(line: str, reason: Reason | None) -> None:
+    """What the engine logs names the cause of its end, however much it logs afterwards."""
+    cause = exit_cause(
+        cause_named("starting", line, *["  traceback"] * 99), NOW, killed_by_guard=False
+    )
+    assert cause.reason is (reason or Reason.ENGINE_EXITED)
+    assert cause.line == (line if reason else "")
+
+
+def cause_named(*lines: str) -> Cause | None:
+    named = None
+    for line in lines:
+        named = name_cause(named, line, NOW)
+    return named
+
+
+def test_first_cause_counts() -> None:
+    """What the engine names first is the cause, since later lines tell its consequences; a person sees no prefix."""
+    first = (
+        "(EngineCore pid=20082) ERROR 11-21 12:02:47 [core.py:1510] torch.OutOfMemoryError: 2 GiB"
+    )
+    named = cause_named(first, "Cannot auto-fit max_model_len")
+    assert named is not None
+    assert named.reason is Reason.MEMORY
+    assert named.sentence == "torch.OutOfMemoryError: 2 GiB"
+
+
+def test_cause_that_was_survived() -> None:
+    """A line that the engine has outlived by minutes neither explains its end nor hides what does."""
+    named = cause_named("MemoryError in a request")
+    later = NOW + 3600
+    assert exit_cause(named, later, killed_by_guard=False).reason is Reason.ENGINE_EXITED
+    named = name_cause(named, "SafetensorError", later)
+    assert exit_cause(named, later, killed_by_guard=False).reason is Reason.MODEL_CORRUPT
 
 
 def test_guard_kill_is_a_memory_death() -> None:
     """A kill by the guard is a memory death, whatever the log says."""
-    assert exit_cause(["Segmentation fault"], killed_by_guard=True) is Reason.MEMORY
+    named = cause_named("SafetensorError")
+    assert exit_cause(named, NOW, killed_by_guard=True).reason is Reason.MEMORY
 
 
 READY = ReadyFacts(
@@ -200,7 +239,6 @@ UNREADY = [
     (replace(READY, heartbeat_age_s=121.0), "heartbeat"),
     (replace(READY, memory_ok=False), "memory"),
     (replace(READY, draining=True), "admitting"),
-    (replace(READY, peers_missing=("spark-2",)), "peers"),
 ]
 
 

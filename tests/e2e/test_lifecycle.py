@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+from spark_llm.demo_model import write_demo_model
 
 from tests.appliance.service import Service, processes_below, processes_of, wait_for
 from tests.e2e.conftest import START_TIMEOUT_S, demo_service
@@ -93,3 +94,21 @@ def test_killed_engine_comes_back_and_killed_controller_leaves_nothing(
         running.process.kill()
         running.process.wait()
     _no_process_left(short_path, first["engine_pid"], second["engine_pid"])
+
+
+def test_failed_start_names_its_cause(short_path: Path, engine_cache: Path) -> None:
+    """A damaged header fails vLLM's start as a corrupt model, with its own words, and is not tried again."""
+    write_demo_model(short_path / "model")
+    weights = short_path / "model/model.safetensors"
+    weights.write_bytes(weights.read_bytes().replace(b'"shape":[128]', b'"shape":[127]', 1))
+    (short_path / "profiles").mkdir()
+    (short_path / "profiles/damaged.toml").write_text(
+        f'extends = "demo"\naliases = []\nmodel = "{short_path}/model"\n'
+    )
+    with demo_service(short_path, engine_cache, SPARK_LLM_PROFILE="damaged") as running:
+        status = running.wait_state("failed", timeout_s=START_TIMEOUT_S)
+        assert (status["reason"], status["restarts"]) == ("model_corrupt", 1)
+        assert "SafetensorError: Error while deserializing header" in status["message"]
+        assert "SafetensorError" in status["last_log"][0]
+        assert running.stop() == 1
+    _no_process_left(short_path)

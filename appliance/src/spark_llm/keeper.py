@@ -358,7 +358,7 @@ class Keeper:
         verdict = policy.after_failure(self._failures, now, rules)
         log.error("%s (%s)", error.message, error.reason)
         details = {
-            "last_log": run.tail if run else (),
+            "last_log": run.last_log if run else (),
             "restarts": len(self._failures),
             "restarts_left": verdict.left,
             "manifest": "",

@@ -7,7 +7,7 @@ iteration counter.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -118,7 +118,6 @@ class Action(StrEnum):
     """What to do about an engine that is gone or must go."""
 
     RESTART = "restart"
-    RESTART_WHEN_MEMORY = "restart_when_memory"
     FAIL = "fail"
 
 
@@ -135,7 +134,7 @@ class Verdict:
     """What follows from a death.
 
     Attributes:
-        action: restart now, restart through the start gate, or stay down.
+        action: restart, or stay down.
         reason: the cause to show.
         delay_s: wait before restarting, in seconds.
         left: restarts that the budget still has after this one.
@@ -165,9 +164,9 @@ _NO_RETRY = {
 def after_failure(failures: Sequence[Failure], now: float, rules: Rules) -> Verdict:
     """What to do after ``failures[-1]``.
 
-    A memory death goes back through the start gate once; a second one within the window means that
-    the plan was wrong, and trying again would only wear the host down: about 35 automatic restarts
-    cost one user a power cycle (eugr#257).
+    Every restart goes through the start gate, so after a memory death it waits for memory. A second one
+    within the window means that the plan was wrong, and trying again would only wear the host down:
+    about 35 automatic restarts cost one user a power cycle (eugr#257).
 
     Args:
         failures: deaths of this profile's engine, oldest first; at least one.
@@ -198,13 +197,23 @@ def after_failure(failures: Sequence[Failure], now: float, rules: Rules) -> Verd
             f"{len(recent)} failures in {rules.restart_window_s / 60:.0f} min ({causes}); "
             "read the journal, then start again.",
         )
-    if last.reason is Reason.MEMORY:
-        return Verdict(Action.RESTART_WHEN_MEMORY, Reason.MEMORY, delay, left)
     return Verdict(Action.RESTART, last.reason, delay, left)
 
 
+_SURVIVED_S = 120.0
+"""An engine that lives so long after a line did not die of it: vLLM's API process follows its core within seconds, at
+most ``--shutdown-timeout`` later."""
+
+_PREFIX = re.compile(r"^\(\S.*? pid=\d+\) [A-Z]+ \S+ \S+ \[[^\]]*\]\s*")
+"""Of a line of vLLM's (vllm/logger.py); what follows is for a person."""
+
+_LONGEST_CAUSE = 400
+
 _EXIT_PATTERNS: tuple[tuple[re.Pattern[str], Reason], ...] = (
-    (re.compile(r"CUDA out of memory|OutOfMemoryError|std::bad_alloc|MemoryError"), Reason.MEMORY),
+    (
+        re.compile(r"CUDA (driver )?(error: )?out of memory|std::bad_alloc|MemoryError"),
+        Reason.MEMORY,
+    ),
     (re.compile(r"Free memory on device .* is less than"), Reason.MEMORY),
     (
         re.compile(
@@ -214,18 +223,29 @@ _EXIT_PATTERNS: tuple[tuple[re.Pattern[str], Reason], ...] = (
     ),
     (re.compile(r"KV cache is needed, which is larger than"), Reason.DOES_NOT_FIT),
     (re.compile(r"Cannot auto-fit max_model_len"), Reason.DOES_NOT_FIT),
-    (re.compile(r"driver version is insufficient|no kernel image is available"), Reason.DRIVER),
     (
-        re.compile(r"No CUDA GPUs are available|NVML: Driver/library version mismatch"),
+        re.compile(
+            r"driver version is insufficient|no kernel image is available|Found no NVIDIA driver"
+        ),
+        Reason.DRIVER,
+    ),
+    (
+        re.compile(
+            r"No CUDA GPUs are available|NVML: Driver/library version mismatch"
+            r"|Failed to infer device type"
+        ),
         Reason.NO_GPU,
     ),
     (
         re.compile(r"SafetensorError|HeaderTooLarge|Error while deserializing header"),
         Reason.MODEL_CORRUPT,
     ),
-    (re.compile(r"No module named '?vllm"), Reason.ENGINE_MISSING),
+    (re.compile(r"No module named '?vllm'?(?![\w.'])"), Reason.ENGINE_MISSING),
     (
-        re.compile(r"unrecognized arguments|error: argument |Unknown vLLM environment variable"),
+        re.compile(
+            r"unrecognized arguments|error: argument "
+            r"|ValueError: Unknown vLLM environment variable"  # else only a warning (platforms/interface.py)
+        ),
         Reason.BAD_PROFILE,
     ),
 )
@@ -233,20 +253,58 @@ _EXIT_PATTERNS: tuple[tuple[re.Pattern[str], Reason], ...] = (
 on purpose: good starts log it too (vllm#56824)."""
 
 
-def exit_cause(log_tail: Iterable[str], *, killed_by_guard: bool) -> Reason:
-    """Why an engine process ended, from the last lines it wrote.
+@dataclass(frozen=True)
+class Cause:
+    """Why an engine ends, and the log line that says so.
+
+    Attributes:
+        at: when it was known, on the monotonic clock, in seconds.
+        reason: the cause.
+        line: as the engine wrote it; empty where no line told.
+    """
+
+    at: float
+    reason: Reason
+    line: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """The line without vLLM's prefix, and no longer than a person reads."""
+        return _PREFIX.sub("", self.line)[:_LONGEST_CAUSE]
+
+
+def name_cause(named: Cause | None, line: str, at: float) -> Cause | None:
+    """The first cause that the log names, after one more line.
+
+    The first, and kept from when it comes: a core that fails to start is followed by a traceback of the API process,
+    longer than any tail, which only says that the core failed (vllm/v1/engine/utils.py).
 
     Args:
-        log_tail: its last lines, oldest first.
+        named: the cause so far; one that the engine has survived makes room for another.
+        line: what it wrote now.
+        at: monotonic clock, in seconds.
+    """
+    if named is not None and at - named.at < _SURVIVED_S:
+        return named
+    for pattern, reason in _EXIT_PATTERNS:
+        if pattern.search(line):
+            return Cause(at, reason, line)
+    return named
+
+
+def exit_cause(named: Cause | None, now: float, *, killed_by_guard: bool) -> Cause:
+    """Why an engine process ended.
+
+    Args:
+        named: the first cause that its log named, if any.
+        now: monotonic clock, in seconds.
         killed_by_guard: the memory guard reported a kill.
     """
     if killed_by_guard:
-        return Reason.MEMORY
-    for line in log_tail:
-        for pattern, reason in _EXIT_PATTERNS:
-            if pattern.search(line):
-                return reason
-    return Reason.ENGINE_EXITED
+        return Cause(now, Reason.MEMORY)
+    if named is not None and now - named.at < _SURVIVED_S:
+        return named
+    return Cause(now, Reason.ENGINE_EXITED)
 
 
 @dataclass(frozen=True)
@@ -270,7 +328,6 @@ class ReadyFacts:
         heartbeat_age_s: time since the last good scrape, in seconds; None if there was none.
         memory_ok: the guard reports no floor crossed.
         draining: no new requests are wanted.
-        peers_missing: nodes that should be there and are not.
     """
 
     engine_up: bool
@@ -279,7 +336,6 @@ class ReadyFacts:
     heartbeat_age_s: float | None
     memory_ok: bool
     draining: bool
-    peers_missing: tuple[str, ...] = ()
 
 
 def readiness(facts: ReadyFacts, rules: Rules) -> tuple[Check, ...]:
@@ -299,5 +355,4 @@ def readiness(facts: ReadyFacts, rules: Rules) -> tuple[Check, ...]:
         ),
         Check("memory", facts.memory_ok, Reason.MEMORY),
         Check("admitting", not facts.draining, Reason.DRAINING),
-        Check("peers", not facts.peers_missing, Reason.PEERS, ", ".join(facts.peers_missing)),
     )

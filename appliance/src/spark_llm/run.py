@@ -74,6 +74,7 @@ class EngineRun:
         self._board = board
         self._tick = tick
         self._lines = 0
+        self._cause: policy.Cause | None = None
         self._phase = phases.STARTED
         self._was_ready = False
         self._counters: roofline.Counters | None = None
@@ -98,9 +99,12 @@ class EngineRun:
         return self._process.pid
 
     @property
-    def tail(self) -> tuple[str, ...]:
-        """Its last log lines."""
-        return tuple(self._process.tail)
+    def last_log(self) -> tuple[str, ...]:
+        """The line that says why it ended, if one does, and then its last ones."""
+        tail = tuple(self._process.tail)
+        if self._cause is None or not self._cause.line:
+            return tail
+        return (self._cause.line, *(line for line in tail if line != self._cause.line))
 
     @property
     def memory(self) -> Level:
@@ -252,6 +256,7 @@ class EngineRun:
 
     def _take_line(self, line: str) -> None:
         self._lines += 1
+        self._cause = policy.name_cause(self._cause, line, asyncio.get_running_loop().time())
         log.info("%s", line)
         phase = phases.advance(self._phase, line)
         if phase is not self._phase:
@@ -321,15 +326,15 @@ class EngineRun:
 
     async def _gone(self) -> EngineFailedError:
         await self._watchman.heard()
-        reason = policy.exit_cause(self.tail, killed_by_guard=self._watchman.killed)
+        now = asyncio.get_running_loop().time()
+        cause = self._cause = policy.exit_cause(
+            self._cause, now, killed_by_guard=self._watchman.killed
+        )
         code = self._process.returncode
         how = f"signal {-code}" if code is not None and code < 0 else f"code {code}"
-        return EngineFailedError(
-            f"the engine exited with {how} while {self._phase.name}"
-            if not self._was_ready
-            else f"the engine exited with {how}",
-            reason=reason,
-        )
+        when = "" if self._was_ready else f" while {self._phase.name}"
+        why = f": {cause.sentence}" if cause.line else ""
+        return EngineFailedError(f"the engine exited with {how}{when}{why}", reason=cause.reason)
 
 
 _LIVENESS = {

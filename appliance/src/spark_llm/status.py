@@ -57,7 +57,7 @@ class Status:
         engine_pid: process id of the engine; None without one.
         restarts: engine restarts within the budget's window.
         restarts_left: how many the budget still allows.
-        last_log: last lines of the last engine that failed.
+        last_log: of the last engine that failed: the line that says why, if one does, then its last ones.
     """
 
     state: State = State.STOPPED
