@@ -136,11 +136,11 @@ def check_hub(endpoint: str, token_file: str, environment: Mapping[str, str]) ->
     except (OSError, http.client.HTTPException, ValueError) as error:
         hint = "Serving needs no network; to pull, check the network, the proxy and HF_ENDPOINT."
         yield Finding("hub", Level.WARN, f"{endpoint} cannot be reached: {error}", hint)
-        yield from _token_file_modes(token_file, environment)
+        yield from _token_file_modes(token_file)
         return
     yield Finding("hub", Level.OK, f"{endpoint} answers ({status})")
     yield from check_clock(date, time.time())
-    yield from _token_file_modes(token_file, environment)
+    yield from _token_file_modes(token_file)
     yield from _check_token(endpoint, token_file, environment)
 
 
@@ -190,11 +190,10 @@ def _check_token(
         )
 
 
-def _token_file_modes(token_file: str, environment: Mapping[str, str]) -> Iterable[Finding]:
+def _token_file_modes(token_file: str) -> Iterable[Finding]:
     path = Path(token_file) if token_file else None
     if path is None or not path.exists():
         return
-    del environment
     if path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH):
         hint = f"chmod 600 {path}, or better: LoadCredential={CREDENTIAL}:{path}"
         yield Finding("token file", Level.FAIL, f"{path} can be read by others", hint)
