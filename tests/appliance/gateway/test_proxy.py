@@ -1,6 +1,6 @@
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import aiohttp
@@ -82,7 +82,7 @@ async def test_disconnect_aborts_the_engines_request(
     async with client.post(CHAT, json={"model": "endless", "stream": True}) as answer:
         await answer.content.readuntil(b"\n\n")
         answer.close()
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         await running.stub.aborted.wait()
         await running.queue.idle.wait()
 
@@ -92,7 +92,7 @@ async def test_disconnect_before_the_answer_frees_the_place(
 ) -> None:
     """A client that leaves before the first byte makes room for others."""
     request = asyncio.create_task(client.post(CHAT, json={"model": "held"}))
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while not running.stub.seen:
             await asyncio.sleep(0.01)
         request.cancel()
@@ -105,7 +105,7 @@ async def test_disconnect_in_the_queue_frees_the_place(
 ) -> None:
     """A client that leaves while it waits for a place makes room, and nothing is logged as an error."""
     held = [asyncio.create_task(client.post(CHAT, json={"model": "held"})) for _ in range(8)]
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         while running.queue.running < 8:
             await asyncio.sleep(0.01)
         waits = asyncio.create_task(client.post(CHAT, json={"model": "held"}))
@@ -126,7 +126,7 @@ async def test_cut_of_a_client_that_does_not_read_ends_when_it_leaves(
     caplog.set_level("INFO", "spark_llm.gateway")
     writer = await _client_that_does_not_read(running)
     running.queue.cut()
-    with anyio.fail_after(5):
+    with anyio.fail_after(30):
         await running.queue.idle.wait()
         writer.transport.abort()
         while not any("draining" in record.getMessage() for record in caplog.records):
@@ -137,10 +137,7 @@ async def test_cut_of_a_client_that_does_not_read_ends_when_it_leaves(
 async def test_slow_client_slows_the_engine(running: Running) -> None:
     """A client that does not read makes the engine wait instead of filling memory."""
     writer = await _client_that_does_not_read(running)
-    before = running.stub.flooded
-    await asyncio.sleep(0.3)
-    assert running.stub.flooded == before
-    assert 0 < before < FLOOD_EVENTS / 2
+    assert 0 < running.stub.flooded < FLOOD_EVENTS / 2
     writer.transport.abort()
 
 
@@ -328,11 +325,20 @@ async def _client_that_does_not_read(running: Running) -> asyncio.StreamWriter:
         % (CHAT.encode(), len(body), body)
     )
     await reader.readuntil(b"pad")
-    before = -1
-    while running.stub.flooded != before:
-        before = running.stub.flooded
-        await asyncio.sleep(0.3)
+    await _still(lambda: running.stub.flooded)
     return writer
+
+
+async def _still(count: Callable[[], int]) -> None:
+    """Return once ``count`` has not changed in 50 turns of the loop that client, gateway and engine share.
+
+    Turns, not seconds: whoever of them can go on does so in a turn, however long that waited for a core.
+    """
+    before, turns = count(), 0
+    while turns < 50:
+        await asyncio.sleep(0.01)
+        now = count()
+        before, turns = now, turns + 1 if now == before else 0
 
 
 async def test_forwarded_requests_count_as_use(
