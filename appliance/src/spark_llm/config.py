@@ -78,7 +78,7 @@ class Engine(_Section):
     """vLLM and how it is started, watched and stopped.
 
     Attributes:
-        python: interpreter that has vLLM; empty finds ``.venv-engine`` beside the checkout, else ``python3`` on PATH.
+        python: interpreter that has vLLM; empty takes the one of ``.venv-engine`` in the checkout this runs from.
         stall_timeout_s: a start with no log line, CPU time or I/O for this long has hung, in seconds.
         drain_timeout_s: time that running requests have to end when stopping, in seconds.
         stop_timeout_s: time the engine has to exit after that before it is killed, in seconds.
@@ -119,8 +119,9 @@ class Store(_Section):
 
     Attributes:
         endpoint: base URL of the hub; empty takes ``$HF_ENDPOINT``, else huggingface.co.
-        token_file: file with the hub token, read by the fetching process alone; empty takes the systemd credential
-            ``hub-token``, then ``$HF_TOKEN``, then the file that ``hf auth login`` writes.
+        token_file: file with the hub token, read by the fetching process, ``fit`` and ``doctor``, never by the service
+            itself. The systemd credential ``hub-token`` comes before it; after it come ``$HF_TOKEN`` and the file that
+            ``hf auth login`` writes.
         reserve_bytes: disk space that a download leaves free, in bytes.
         workers: files fetched at once.
         stall_timeout_s: a transfer without a byte for this long is killed and tried again, in seconds.

@@ -1,4 +1,7 @@
-"""The hub token: where it comes from and where it may go. Only the process that talks to the hub reads it."""
+"""The hub token: where it comes from and where it may go.
+
+The processes that ask the hub read it: the fetching one, and the commands ``fit`` and ``doctor``; never the service.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path

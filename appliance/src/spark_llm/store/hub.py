@@ -1,9 +1,9 @@
-"""The one process that talks to the hub; only it imports huggingface_hub (2.4).
+"""The process that fetches from the hub, with huggingface_hub (2.4).
 
 ``python -m spark_llm.store.hub`` reads one request from its standard input and writes events to its standard output,
 one JSON object a line. It is a process of its own for three reasons: the library reads its settings when it is
 imported, a native transfer that hangs (huggingface_hub#4520, xet-core#883) can only be stopped by killing its process,
-and the token exists nowhere else. It ends when its standard input closes, so it never outlives the one who started it.
+and the service never has the token. It ends when its standard input closes, so it never outlives who started it.
 
 Files come through the library's own ``http_get`` and ``xet_get``, which continue a partial file; its
 ``hf_hub_download`` would throw the part away (2.4.0, ``_download_to_tmp_and_move``).
