@@ -95,6 +95,8 @@ class Stub:
         self.seen.append(body)
         self.headers = list(request.headers.items())
         self.running += 1
+        if self.fault.endswith("-in-canary"):
+            await self._fail_in_canary()
         try:
             return await self._by_model(request, str(body.get("model")), bool(body.get("stream")))
         except asyncio.CancelledError:
@@ -102,6 +104,16 @@ class Stub:
             raise
         finally:
             self.running -= 1
+
+    async def _fail_in_canary(self) -> None:
+        """As vLLM does when its core dies: a broken connection, or 500 and the end soon after; or not a word."""
+        if self.fault == "mute-in-canary":
+            await asyncio.Event().wait()
+        print("(EngineCore pid=2) ERROR 1 2 [x.py:1] torch.OutOfMemoryError: 2 GiB", flush=True)
+        if self.fault == "reset-in-canary":
+            os._exit(1)
+        asyncio.get_running_loop().call_later(0.3, os._exit, 1)
+        raise web.HTTPInternalServerError
 
     async def _by_model(self, request: web.Request, model: str, stream: bool) -> web.StreamResponse:
         if model == "missing":

@@ -248,6 +248,28 @@ def test_wrong_canary_is_never_ready(short_path: Path) -> None:
         assert "ready after" not in running.text()
 
 
+@pytest.mark.parametrize("fault", ["reset-in-canary", "error-in-canary"])
+def test_engine_that_dies_of_the_canary(short_path: Path, fault: str) -> None:
+    """An engine that dies during the canary is told by its own cause and started again: its tokens were not wrong."""
+    with stub_service(short_path, fault) as running:
+        running.listening()
+        running.wait_log(
+            r"exited with code 1 while asking the canary: torch.OutOfMemoryError: 2 GiB \(memory\)"
+        )
+        first = running.wait_state("preflight", "waiting_memory", "loading")
+        assert first["restarts"] == 1
+
+
+def test_canary_without_an_answer(short_path: Path) -> None:
+    """An engine that neither answers the canary nor moves has stalled, which a restart may cure."""
+    settings = {"SPARK_LLM_ENGINE__STALL_TIMEOUT_S": "1.5", "SPARK_LLM_ENGINE__RESTART_BUDGET": "0"}
+    with stub_service(short_path, "mute-in-canary", **settings) as running:
+        running.listening()
+        status = running.wait_state("failed", timeout_s=60)
+        assert status["reason"] == "restart_budget"
+        assert "while it was asking the canary (engine_stalled)" in running.text()
+
+
 def test_frozen_scheduler_is_restarted(short_path: Path) -> None:
     """Requests that run while the iteration counter stands still mean a new engine, and the old one is gone."""
     with stub_service(short_path, "frozen", SPARK_LLM_ENGINE__FREEZE_TIMEOUT_S="1") as running:

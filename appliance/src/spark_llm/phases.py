@@ -13,6 +13,7 @@ class Phase:
 
 
 STARTED = Phase("starting the engine", 2)
+PROVING = Phase("asking the canary", 98)
 
 _MARKS: tuple[tuple[re.Pattern[str], Phase], ...] = (
     (re.compile(r"non-default args"), Phase("reading the configuration", 10)),

@@ -26,8 +26,8 @@ from spark_llm.watchman import Level, Watchman
 _POLL_S = 0.25
 _TICK_S = 1.0
 _PROBE_TIMEOUT_S = 2.0
-_CANARY_TIMEOUT_S = 180.0
-_WARMING_PERCENT = 98
+_DYING_S = 10.0
+"""From a broken answer to an engine that is wholly gone, with all its memory given back."""
 _WEIGH_LOADING_S = 1.0
 _WEIGH_READY_S = 10.0
 """Between two looks at its memory, which changes fast only while it loads."""
@@ -143,44 +143,53 @@ class EngineRun:
                 next_look = now + _TICK_S
                 if expected_s is not None:
                     self._board.progress(eta_s=max(0.0, expected_s - (now - started)))
-                seen = watch(seen, self._process.vitals(), self._lines, now)
-                if stalled(seen, now, self._settings.stall_timeout_s):
-                    raise EngineFailedError(
-                        f"nothing about the engine moved for {self._settings.stall_timeout_s:g} s "
-                        f"while it was {self._phase.name}",
-                        reason=Reason.ENGINE_STALLED,
-                        hint="The last log lines say where; engine.stall_timeout_s sets the limit.",
-                    )
+                seen = self._moved(seen)
             await self._exit_within(_POLL_S)
 
     async def prove(self) -> str:
+        """Ask the canary before the engine is ready; bounded by progress as :meth:`load`, for kernels may be compiled.
+
+        Returns:
+            The answer's text.
+
+        Raises:
+            EngineFailedError: a wrong answer or none, or the engine exited or does not move.
+        """
+        self._enter(phases.PROVING)
+        try:
+            text = await self._while_alive(self.ask_canary())
+        except UpstreamError as error:
+            await self._exit_within(_DYING_S)  # an exit explains a broken answer better
+            raise EngineFailedError(
+                f"the canary got no answer: {error}", reason=Reason.ENGINE_UNREACHABLE
+            ) from error
+        await self._while_alive(self._scrape())  # readiness asks for a heartbeat
+        self._was_ready = True
+        self._bandwidth, _ = await asyncio.to_thread(host.memory_bandwidth)
+        return text
+
+    async def ask_canary(self, timeout_s: float | None = None) -> str:
         """Ask the canary's questions, all at once; returns the first answer's text.
 
         Raises:
-            EngineFailedError: a wrong answer, none in time, or the engine exited.
+            EngineFailedError: an answer is wrong.
+            UpstreamError: there is none; a status of 500 and above is none, for a dying engine still says so much.
+            TimeoutError: nor is there one within ``timeout_s`` seconds.
         """
-        self._board.progress(phase="asking the canary", percent=_WARMING_PERCENT)
         questions = canary.questions(self._prepared.profile)
-        try:
-            answers = await self._while_alive(
-                _gather(
-                    [
-                        self.upstream.post_json(canary.PATH, question.body, _CANARY_TIMEOUT_S)
-                        for question in questions
-                    ]
-                )
+        answers = await asyncio.gather(
+            *(
+                self.upstream.post_json(canary.PATH, question.body, timeout_s)
+                for question in questions
             )
-        except (UpstreamError, TimeoutError) as error:
-            raise EngineFailedError(
-                f"the canary got no answer: {error or 'timeout'}", reason=Reason.CANARY
-            ) from error
+        )
+        for status, body in answers:
+            if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+                raise UpstreamError(f"{status} {body[:300].decode(errors='replace')}")
         for question, (status, body) in zip(questions, answers, strict=True):
             fault = canary.judge(self._prepared.profile, question, status, _json(body))
             if fault:
                 raise EngineFailedError(f"the canary failed: {fault}", reason=Reason.CANARY)
-        await self._while_alive(self._scrape())  # readiness asks for a heartbeat
-        self._was_ready = True
-        self._bandwidth, _ = await asyncio.to_thread(host.memory_bandwidth)
         return _text(answers[0][1])
 
     async def watch(self) -> None:
@@ -258,7 +267,9 @@ class EngineRun:
         self._lines += 1
         self._cause = policy.name_cause(self._cause, line, asyncio.get_running_loop().time())
         log.info("%s", line)
-        phase = phases.advance(self._phase, line)
+        self._enter(phases.advance(self._phase, line))
+
+    def _enter(self, phase: phases.Phase) -> None:
         if phase is not self._phase:
             self._phase = phase
             self._board.progress(phase=phase.name, percent=phase.percent)
@@ -298,6 +309,23 @@ class EngineRun:
             self.speed = reached
             self._board.progress(speed=str(reached))
 
+    def _moved(self, seen: LoadWatch | None) -> LoadWatch:
+        """One more look whether a start moves.
+
+        Raises:
+            EngineFailedError: nothing about it has moved for ``stall_timeout_s``.
+        """
+        now = asyncio.get_running_loop().time()
+        seen = watch(seen, self._process.vitals(), self._lines, now)
+        if stalled(seen, now, self._settings.stall_timeout_s):
+            raise EngineFailedError(
+                f"nothing about the engine moved for {self._settings.stall_timeout_s:g} s "
+                f"while it was {self._phase.name}",
+                reason=Reason.ENGINE_STALLED,
+                hint="The last log lines say where; engine.stall_timeout_s sets the limit.",
+            )
+        return seen
+
     async def _exit_within(self, seconds: float) -> None:
         """Wait ``seconds``, or raise as soon as the engine is gone."""
         try:
@@ -308,12 +336,14 @@ class EngineRun:
         raise await self._gone()
 
     async def _while_alive(self, work: Coroutine[Any, Any, T]) -> T:
-        """The result of ``work``, ticking meanwhile; raises if the engine goes first."""
+        """The result of ``work``, ticking meanwhile; raises if the engine goes or stops to move first."""
+        seen: LoadWatch | None = None
         task = asyncio.create_task(work)
         gone = asyncio.create_task(self._process.exited.wait())
         try:
             while not task.done():
                 self._tick()
+                seen = self._moved(seen)
                 await asyncio.wait(
                     (task, gone), timeout=_TICK_S, return_when=asyncio.FIRST_COMPLETED
                 )
@@ -342,12 +372,6 @@ _LIVENESS = {
     Reason.ENGINE_UNREACHABLE: "the engine's socket refuses connections",
     Reason.ENGINE_STALLED: "requests run, but the engine has not made a step for too long",
 }
-
-
-async def _gather(
-    calls: list[Coroutine[Any, Any, tuple[int, bytes]]],
-) -> list[tuple[int, bytes]]:
-    return await asyncio.gather(*calls)
 
 
 def _json(body: bytes) -> dict[str, Any]:

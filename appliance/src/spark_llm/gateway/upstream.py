@@ -278,7 +278,9 @@ class Upstream:
         """
         return await self._exchange("GET", path, [], b"", timeout_s)
 
-    async def post_json(self, path: str, value: object, timeout_s: float) -> tuple[int, bytes]:
+    async def post_json(
+        self, path: str, value: object, timeout_s: float | None
+    ) -> tuple[int, bytes]:
         """Status and body of a POST of ``value`` as JSON; errors as :meth:`get`."""
         headers = [(b"content-type", b"application/json")]
         return await self._exchange("POST", path, headers, json.dumps(value).encode(), timeout_s)
@@ -289,7 +291,7 @@ class Upstream:
             connection.abort()
 
     async def _exchange(
-        self, method: str, path: str, headers: Headers, body: bytes, timeout_s: float
+        self, method: str, path: str, headers: Headers, body: bytes, timeout_s: float | None
     ) -> tuple[int, bytes]:
         async with (
             asyncio.timeout(timeout_s),
