@@ -151,7 +151,8 @@ in
       })
     ];
 
-    # As appliance/units/sysusers.conf: the fetcher alone has the hub token.
+    # As appliance/units/sysusers.conf: the fetcher alone has the hub token. A group that the system does not declare gets
+    # no members and is no error (nixpkgs' users-groups.nix: members are each declared group's own); NixOS declares no rdma.
     users.users.spark-llm = {
       isSystemUser = true;
       group = "spark-llm";
@@ -159,6 +160,7 @@ in
       extraGroups = [
         "video"
         "render"
+        "rdma"
       ];
     };
     users.users.spark-llm-fetch = {
