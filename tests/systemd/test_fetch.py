@@ -1,6 +1,6 @@
 """``spark-llm-fetch@.service`` fetching a model with a token, from a hub on the container's own loopback."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -30,6 +30,25 @@ with local_hub() as hub:
         threading.Event().wait(0.05)
     hub.released.set()
     threading.Event().wait()
+"""
+XET = """
+import http.server, threading, time
+from huggingface_hub.utils._xet import get_xet_session
+from hf_xet import XetFileInfo
+
+class Store(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        print("asked for", self.path.partition("?")[0], flush=True)
+        self.send_error(404)
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Store)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+with get_xet_session().new_file_download_group(
+    endpoint=f"http://127.0.0.1:{server.server_port}", token="t", token_expiry_unix_secs=int(time.time()) + 999,
+    token_refresh_url="http://127.0.0.1:1", token_refresh_headers={}, custom_headers={},
+    progress_callback=lambda *_: None,
+) as group:
+    group.start_download_file(XetFileInfo("a" * 64, 10), "/var/cache/spark-llm-fetch/out")
 """
 
 
@@ -110,6 +129,23 @@ def test_without_the_token_it_ends_and_says_so(fetching: Fetching) -> None:
     said = " ".join(entry["MESSAGE"] for entry in machine.journal("-u", unit, after=cursor))
     assert f"no public model {MODEL}" in said
     assert "give the token" in said
+
+
+def test_xet_has_what_it_needs(installed: Container, drop_in: Callable[[str, str], None]) -> None:
+    """In the unit's confinement the Xet library starts and asks its store: it may write where it wants to."""
+    installed.write("/opt/xet.py", XET)
+    program = f"{TREE}/.venv/bin/python /opt/xet.py"
+    drop_in(
+        "spark-llm-fetch@xet.service",
+        f"[Service]\nRestart=no\nExecStart=\nExecStart={program}\n",
+    )
+    cursor = installed.cursor()
+    installed.systemctl("start", "spark-llm-fetch@xet.service", check=False)
+    said = "\n".join(
+        entry["MESSAGE"] for entry in installed.journal("-u", "spark-llm-fetch@xet", after=cursor)
+    )
+    installed.systemctl("reset-failed", "spark-llm-fetch@xet.service", check=False)
+    assert "asked for" in said, said
 
 
 def _assert_token_is_the_units_alone(machine: Container, unit: str) -> None:

@@ -22,7 +22,7 @@ from spark_llm.errors import SparkLlmError
 from spark_llm.reason import Reason
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How Rust words an errno; hf_xet's exceptions have it there alone."""
+"""How Rust words an errno; hf_xet's exceptions have it in their text alone."""
 _RETRIED_STATUS = (408, 429, 500, 502, 503, 504)
 
 
@@ -52,14 +52,14 @@ def describe(error: BaseException, model: str, endpoint: str, *, authenticated: 
         return Trouble(error.reason, error.message, error.hint)
     if isinstance(error, HfHubHTTPError):
         return _describe_http(error, model, page, authenticated=authenticated)
-    number = _errno(error)
-    if number in (errno.ENOSPC, errno.EDQUOT):
+    if xet := _OS_ERROR.search(str(error)):
+        return _describe_xet(int(xet[1]), error, model)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Trouble(Reason.NO_DISK, f"the disk filled up while {model} was fetched", _FREE_SPACE)
-    if number in (errno.EROFS, errno.EACCES, errno.EPERM):
-        where = getattr(error, "filename", None) or "what the transfer needs beside the model"
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return Trouble(
             Reason.UNWRITABLE_DIRECTORY,
-            f"cannot write {where}: {os.strerror(number)}",
+            f"cannot write {error.filename}: {error.strerror}",
             "`spark-llm doctor` says more.",
         )
     if isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout | httpx2.InvalidURL):
@@ -73,19 +73,31 @@ def describe(error: BaseException, model: str, endpoint: str, *, authenticated: 
         return Trouble(Reason.NETWORK, message, _CHECK_NETWORK, retry=True)
     if isinstance(error, json.JSONDecodeError):
         return Trouble(Reason.NETWORK, f"{endpoint} does not answer like a hub", _CHECK_NETWORK)
+    return _broken_off(error, model)
+
+
+def _describe_xet(number: int, error: BaseException, model: str) -> Trouble:
+    """An error of the Xet library. Each is worth another try, which goes without Xet and what it alone writes."""
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        message = f"the disk filled up while Xet fetched {model}"
+        return Trouble(Reason.NO_DISK, message, _FREE_SPACE, retry=True)
+    if number in (errno.EROFS, errno.EACCES):
+        return Trouble(
+            Reason.UNWRITABLE_DIRECTORY,
+            f"Xet cannot write: {os.strerror(number)}",
+            "Set HF_HOME to a folder that this user may write.",
+            retry=True,
+        )
+    return _broken_off(error, model)
+
+
+def _broken_off(error: BaseException, model: str) -> Trouble:
     return Trouble(
         Reason.NETWORK,
         f"the transfer of {model} broke off: {type(error).__name__}: {error}",
         _CHECK_NETWORK,
         retry=True,
     )
-
-
-def _errno(error: BaseException) -> int | None:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno
-    found = _OS_ERROR.search(str(error))
-    return int(found[1]) if found else None
 
 
 _FREE_SPACE = "Free space with `spark-llm rm` or `spark-llm cache prune`, then pull again: finished files are kept."
@@ -97,7 +109,9 @@ def _describe_http(  # noqa: PLR0911  one return a cause
 ) -> Trouble:
     status = error.response.status_code
     accept = f"Accept the licence at {page} with the account of your token"
-    missing_token = "" if authenticated else "; then give the token: `token_file` of [store], or HF_TOKEN"
+    missing_token = (
+        "" if authenticated else "; then give the token: `token_file` of [store], or HF_TOKEN"
+    )
     if urlsplit(str(error.response.url))[:2] != urlsplit(page)[:2]:
         # the CDN: a signed address that ran out during a long transfer answers 403; the next try gets a fresh one
         return Trouble(
