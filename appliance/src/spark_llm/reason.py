@@ -48,7 +48,6 @@ class Reason(StrEnum):
     DEADLINE = "deadline"
     ABORTED = "aborted"
     UNAUTHORIZED = "unauthorized"
-    UNKNOWN_MODEL = "unknown_model"
     UNKNOWN_PATH = "unknown_path"
     BAD_REQUEST = "bad_request"
     BODY_TOO_LARGE = "body_too_large"
