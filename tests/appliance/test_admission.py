@@ -3,7 +3,8 @@
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from spark_llm.admission import Admission, Limits, Rejected, Ticket
+from spark_llm import guard
+from spark_llm.admission import MEMORY_AT_LEAST_S, Admission, Limits, Rejected, Ticket
 from spark_llm.reason import Reason
 
 
@@ -41,7 +42,7 @@ def test_order_is_fair_by_key() -> None:
 
 
 def test_equal_keys_go_by_arrival() -> None:
-    """Among keys with as many running requests the longest wait goes first."""
+    """Among keys that have had no turn yet the longest wait goes first."""
     queue = Admission(Limits(max_running=1))
     for at, key in enumerate("abc"):
         offer(queue, key, at)
@@ -51,6 +52,22 @@ def test_equal_keys_go_by_arrival() -> None:
         order.append(ticket.key)
         queue.leave(ticket, 10 + at)
     assert order == ["a", "b", "c"]
+
+
+def test_equal_keys_take_turns() -> None:
+    """With one place, too, a key that asked a hundred times waits behind one that asks once, and is not starved."""
+    queue = Admission(Limits(max_running=1))
+    for at in range(100):
+        offer(queue, "greedy", at)
+    (ticket,) = queue.admit(100)
+    order = []
+    for at in range(100, 106):
+        if at % 2 == 0:
+            offer(queue, "modest", at)
+        queue.leave(ticket, at)
+        (ticket,) = queue.admit(at)
+        order.append(ticket.key)
+    assert order == ["modest", "greedy"] * 3
 
 
 def test_key_has_its_own_limits() -> None:
@@ -88,12 +105,12 @@ def measured(limits: Limits, duration: float) -> tuple[Admission, float]:
 
 
 def test_retry_after_comes_from_measured_durations() -> None:
-    """Two places, ten seconds each, four waiting and one that asks: a place for it in 25 s."""
+    """Two places, ten seconds each, four of the key waiting and one more that asks: a place for it in 25 s."""
     queue, now = measured(Limits(max_running=2, max_queue=4), duration=10)
     for _ in range(6):
         offer(queue, "a", now)
     assert len(queue.admit(now)) == 2
-    assert refuse(queue, "b", now).retry_after_s == 25
+    assert refuse(queue, "a", now).retry_after_s == 25
 
 
 def test_light_load_is_not_a_slow_engine() -> None:
@@ -109,8 +126,8 @@ def test_slowing_engine_is_noticed_before_anything_ends() -> None:
     queue, now = measured(Limits(max_running=1), duration=1)
     offer(queue, "a", now)
     queue.admit(now)
-    assert queue.expected_wait_s(now) == 1
-    later = queue.expected_wait_s(now + 23)
+    assert queue.expected_wait_s("a", now) == 1
+    later = queue.expected_wait_s("a", now + 23)
     assert later == 3, "mean of ten times 1 s and once 23 s"
 
 
@@ -120,9 +137,67 @@ def test_vain_wait_is_refused_at_once() -> None:
     for _ in range(11):
         offer(queue, "a", now)
     queue.admit(now)
-    answer = refuse(queue, "b", now, timeout_s=5)
+    answer = refuse(queue, "a", now, timeout_s=5)
     assert (answer.status, answer.reason, answer.retry_after_s) == (503, Reason.DEADLINE, 22)
-    assert isinstance(queue.offer("b", now, timeout_s=30), Ticket)
+    assert isinstance(queue.offer("a", now, timeout_s=30), Ticket)
+
+
+def test_wait_is_that_of_the_fair_place() -> None:
+    """A key that goes next is not refused for the other keys' backlog, nor for one that its own limit holds back."""
+    queue, now = measured(Limits(max_running=4, max_running_per_key=3), duration=10)
+    for _ in range(50):
+        queue.offer("greedy", now)
+        queue.admit(now)
+    assert queue.waiting > 10
+    assert queue.expected_wait_s("modest", now) == 0
+    offer(queue, "modest", now)
+    queue.admit(now)
+    assert queue.expected_wait_s("third", now) == 2.5
+    offer(queue, "third", now, timeout_s=5)
+
+
+def test_key_at_its_own_limit_waits_for_its_own_places() -> None:
+    """Where a key may run one request of 60 s at a time, its next is told 60 s however many places are free."""
+    limits = Limits(max_running=256, max_running_per_key=1, max_queue_per_key=1)
+    queue, now = measured(limits, duration=60)
+    offer(queue, "a", now)
+    queue.admit(now)
+    assert refuse(queue, "a", now, timeout_s=5).reason is Reason.DEADLINE
+    offer(queue, "a", now)
+    answer = refuse(queue, "a", now)
+    assert (answer.reason, answer.retry_after_s) == (Reason.QUEUE_FULL, 120)
+    offer(queue, "b", now, timeout_s=5)
+
+
+def test_low_memory_lasts_as_long_as_the_guard_waits() -> None:
+    """While memory is low, nobody is told to come back before the guard can have found calm."""
+    queue = Admission(Limits())
+    queue.close(Reason.MEMORY)
+    assert refuse(queue, "a").retry_after_s == MEMORY_AT_LEAST_S == guard.CALM_S
+
+
+@given(
+    places=st.integers(1, 8),
+    before=st.lists(st.sampled_from("aaaabbcd"), max_size=40),
+    key=st.sampled_from("abce"),
+)
+def test_expected_wait_is_near_the_truth(places: int, before: list[str], key: str) -> None:
+    """Where requests end in the order they began, a newcomer waits as long as was expected, to within one round."""
+    queue, now = measured(Limits(max_running=places, queue_timeout_s=1e9), duration=places)
+    running: list[Ticket] = []
+    for other in before:
+        offer(queue, other, now)
+        running += queue.admit(now)
+    expected = queue.expected_wait_s(key, now)
+    assert expected is not None
+    newcomer = offer(queue, key, now)
+    running += queue.admit(now)
+    ended = 0  # one in a second
+    while newcomer not in running:
+        queue.leave(running.pop(0), now, served=False)
+        running += queue.admit(now)
+        ended += 1
+    assert abs(ended - expected) <= places
 
 
 def test_unknown_rate_admits() -> None:
@@ -131,7 +206,7 @@ def test_unknown_rate_admits() -> None:
     offer(queue, "a")
     queue.admit(0)
     offer(queue, "b", timeout_s=0.001)
-    assert queue.retry_after_s(0) == 7, "the queue's own limit stands in for a measurement"
+    assert queue.retry_after_s("a", 0) == 7, "the queue's own limit stands in for a measurement"
 
 
 def test_waiting_ends_at_the_deadline() -> None:
@@ -182,7 +257,7 @@ def test_admitted_but_not_served_says_nothing_of_the_pace() -> None:
     queue.leave(ticket, now, served=False)
     offer(queue, "a", now)
     queue.admit(now)
-    assert queue.expected_wait_s(now) == 10
+    assert queue.expected_wait_s("a", now) == 10
 
 
 @given(st.lists(st.floats(0, 1e5), max_size=40))
@@ -195,7 +270,7 @@ def test_retry_after_stays_in_bounds(durations: list[float]) -> None:
             queue.leave(ticket, duration)
     offer(queue, "a", 0)
     queue.admit(0)
-    assert 1 <= queue.retry_after_s(0) <= 600
+    assert 1 <= queue.retry_after_s("a", 0) <= 600
 
 
 class Life(RuleBasedStateMachine):

@@ -1,17 +1,20 @@
 """Who may go next: a bounded queue, fair by key, with a ``Retry-After`` that comes from what was measured. No I/O.
 
-Fair means: of the keys that wait, the one with the fewest running requests goes next; among equals
-the longest wait. A client that sends a thousand requests then delays itself, not the others.
+Fair means: of the keys that wait, the one with the fewest running requests goes next; among equals the
+one whose last turn is longest ago. A client that sends a thousand requests then delays itself, not the others.
 """
 
 from collections import Counter, deque
 from dataclasses import dataclass
+from itertools import count
 from math import ceil
 
 from spark_llm.reason import Reason
 
 _MEASURED = 64
 """Ended requests that the expected wait is taken from."""
+MEMORY_AT_LEAST_S = 5
+"""Low memory lasts at least this long, in seconds: the guard waits for as much calm before it ends the alarm."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Rejected:
     Attributes:
         status: 429 if the caller is the cause (its own limit or a full queue), 503 if the wait would be in vain.
         reason: the cause.
-        retry_after_s: when a place is expected, in whole seconds, at least 1.
+        retry_after_s: when a place is expected for this key, in whole seconds; see :meth:`Admission.retry_after_s`.
     """
 
     status: int
@@ -71,6 +74,10 @@ class Admission:
         self._admitted: dict[Ticket, float] = {}
         self._waiting: dict[str, deque[Ticket]] = {}
         self._running: Counter[str] = Counter()
+        self._turns = count(1)
+        self._last_turn: dict[
+            str, int
+        ] = {}  # of every key that ever had one: as many as there are keys
 
     @property
     def running(self) -> int:
@@ -91,20 +98,20 @@ class Admission:
             timeout_s: how long this client is ready to wait; None takes the queue's own limit.
         """
         if self.closed is not None:
-            return Rejected(503, self.closed, self.retry_after_s(now))
+            return Rejected(503, self.closed, self.retry_after_s(key, now))
         mine = len(self._waiting.get(key, ()))
         if self.limits.max_queue_per_key and mine >= self.limits.max_queue_per_key:
-            return Rejected(429, Reason.QUEUE_FULL, self.retry_after_s(now))
+            return Rejected(429, Reason.QUEUE_FULL, self.retry_after_s(key, now))
         free = self.limits.max_running - self.running
         if self.waiting >= self.limits.max_queue + max(free, 0):
-            return Rejected(429, Reason.QUEUE_FULL, self.retry_after_s(now))
+            return Rejected(429, Reason.QUEUE_FULL, self.retry_after_s(key, now))
         patience = self.limits.queue_timeout_s
         if timeout_s is not None:
             patience = min(patience, timeout_s)
-        expected = self.expected_wait_s(now)
+        expected = self.expected_wait_s(key, now)
         if expected is not None and expected > patience:
             # Waiting would only end in a timeout; saying so now is kinder than in a minute.
-            return Rejected(503, Reason.DEADLINE, self.retry_after_s(now))
+            return Rejected(503, Reason.DEADLINE, self.retry_after_s(key, now))
         ticket = Ticket(key, now, now + patience)
         self._waiting.setdefault(key, deque()).append(ticket)
         return ticket
@@ -117,6 +124,7 @@ class Admission:
             if ticket is None:
                 break
             self._running[ticket.key] += 1
+            self._last_turn[ticket.key] = next(self._turns)
             self._admitted[ticket] = now
             admitted.append(ticket)
         return admitted
@@ -174,19 +182,37 @@ class Admission:
         """Let requests in again."""
         self.closed = None
 
-    def expected_wait_s(self, now: float) -> float | None:
-        """Time until a request that comes now would be admitted, in seconds; None if nothing was measured yet.
+    def expected_wait_s(self, key: str, now: float) -> float | None:
+        """Time until a request of ``key`` that comes now would be admitted, in seconds; None if nothing was measured.
 
         By Little's law: with every place taken, one comes free each mean duration over places. A count of
         completions would do only under full load; at light load it measures how few came, not how fast they went.
         """
-        ahead = self.running + self.waiting + 1 - self.limits.max_running
-        if ahead <= 0:
+        places = self.limits.max_running
+        rounds = (self.running + self._ahead(key) + 1 - places) / places
+        if own := self.limits.max_running_per_key:
+            asked = self._running[key] + len(self._waiting.get(key, ())) + 1
+            rounds = max(rounds, (asked - own) / own)
+        if rounds <= 0:
             return 0.0
         durations = [*self._durations, *self._overdue(now)]
         if not durations:
             return None
-        return ahead * sum(durations) / len(durations) / self.limits.max_running
+        return rounds * sum(durations) / len(durations)
+
+    def _ahead(self, key: str) -> int:
+        """Tickets that go before one of ``key`` that comes now.
+
+        All of its own key, and of each other key one before each of those and itself, less what that key has more
+        at the engine.
+        """
+        turns = len(self._waiting.get(key, ())) + 1
+        ahead = turns - 1
+        for other, line in self._waiting.items():
+            if other != key:
+                lead = max(self._running[other] - self._running[key], 0)
+                ahead += min(len(line), max(turns - lead, 0))
+        return ahead
 
     def _overdue(self, now: float) -> list[float]:
         """Ages of running requests that already last longer than the mean: the engine is getting slower."""
@@ -195,27 +221,26 @@ class Admission:
         mean = sum(self._durations) / len(self._durations)
         return [age for start in self._admitted.values() if (age := now - start) > mean]
 
-    def retry_after_s(self, now: float) -> int:
-        """For the ``Retry-After`` header: the expected wait, else the queue's limit, between 1 s and 10 min."""
-        expected = self.expected_wait_s(now)
+    def retry_after_s(self, key: str, now: float) -> int:
+        """For the ``Retry-After`` header of a request of ``key``, in whole seconds, at most 10 min.
+
+        The expected wait, else the queue's limit; at least 1 s, and 5 s while memory is low.
+        """
+        expected = self.expected_wait_s(key, now)
         if expected is None:
             expected = self.limits.queue_timeout_s
-        return min(max(ceil(expected), 1), 600)
+        at_least = MEMORY_AT_LEAST_S if self.closed is Reason.MEMORY else 1
+        return min(max(ceil(expected), at_least), 600)
 
     def _next(self) -> Ticket | None:
         limit = self.limits.max_running_per_key
-        best: str | None = None
-        for key, line in self._waiting.items():
-            if limit and self._running[key] >= limit:
-                continue
-            if best is None or (self._running[key], line[0].arrived) < (
-                self._running[best],
-                self._waiting[best][0].arrived,
-            ):
-                best = key
-        if best is None:
+        may = [key for key in self._waiting if not limit or self._running[key] < limit]
+        if not may:
             return None
-        ticket = self._waiting[best].popleft()
-        if not self._waiting[best]:
-            del self._waiting[best]
+        ticket = self._waiting[min(may, key=self._precedence)][0]
+        self._leave_line(ticket)
         return ticket
+
+    def _precedence(self, key: str) -> tuple[int, int, float]:
+        # By arrival alone, keys with a backlog would share one line, and a newcomer stand behind all of it.
+        return self._running[key], self._last_turn.get(key, 0), self._waiting[key][0].arrived

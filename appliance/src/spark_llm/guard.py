@@ -35,8 +35,8 @@ GIB = 2**30
 POLL_S = 0.25
 """One sample of 3 s has hidden a fall of 7.4 GiB (gb10-services): poll fast, it costs three small reads."""
 _OOM_SCORE_ADJ = "-900"
-_CALM_SAMPLES = 20
-"""Readings in a row above ``resume_bytes`` that end a soft alarm: 5 s."""
+CALM_S = 5.0
+"""A soft alarm ends when every reading of this time was above ``resume_bytes``, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def step(state: State, seen: Reading, floors: Floors) -> State:
     ):
         return State("soft", below, 0, seen)
     calm = state.calm + 1 if seen.available >= floors.resume_bytes else 0
-    level = "soft" if state.level == "soft" and calm < _CALM_SAMPLES else "ok"
+    level = "soft" if state.level == "soft" and calm * POLL_S < CALM_S else "ok"
     return State(level, 0, calm, seen)
 
 

@@ -84,9 +84,8 @@ class AdmissionQueue:
 
     def close(self, reason: Reason) -> None:
         """Turn everybody away from now on, those that wait too."""
-        now = asyncio.get_running_loop().time()
         for ticket in self._admission.close(reason):
-            self._turn_away(ticket, 503, reason, self._admission.retry_after_s(now))
+            self._turn_away(ticket, 503, reason)
 
     def cut(self) -> None:
         """Cancel the tasks of all running requests, saying ``CUT``."""
@@ -101,7 +100,7 @@ class AdmissionQueue:
     def _wake(self) -> None:
         now = asyncio.get_running_loop().time()
         for ticket in self._admission.expire(now):
-            self._turn_away(ticket, 503, Reason.DEADLINE, self._admission.retry_after_s(now))
+            self._turn_away(ticket, 503, Reason.DEADLINE)
         while admitted := self._admission.admit(now):
             for ticket in admitted:
                 if self._places[ticket].done():  # its client left in this very turn of the loop
@@ -118,9 +117,11 @@ class AdmissionQueue:
         if (deadline := self._admission.next_deadline()) is not None:
             self._timer = asyncio.get_running_loop().call_at(deadline, self._wake)
 
-    def _turn_away(self, ticket: Ticket, status: int, reason: Reason, retry_after_s: int) -> None:
+    def _turn_away(self, ticket: Ticket, status: int, reason: Reason) -> None:
         place = self._places[ticket]
         if not place.done():
+            now = asyncio.get_running_loop().time()
+            retry_after_s = self._admission.retry_after_s(ticket.key, now)
             place.set_exception(_reply(status, reason, retry_after_s))
 
 
