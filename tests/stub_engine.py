@@ -82,9 +82,12 @@ class Stub:
     async def _metrics(self, _: web.Request) -> web.Response:
         if self.fault == "crawling":
             self.iterations = int(time.monotonic() - self.started)
-        elif self.fault != "frozen":
+        elif self.fault not in {"frozen", "frozen-idle"}:
             self.iterations += 1
         running = max(self.running, 1 if self.fault in {"frozen", "crawling"} else 0)
+        if self.fault == "frozen-idle":
+            running = 0
+            print("scraped", flush=True)
         return web.Response(
             text=f'vllm:num_requests_running{{engine="0"}} {running}.0\n'
             f'vllm:iteration_tokens_total_count{{engine="0"}} {self.iterations}.0\n'

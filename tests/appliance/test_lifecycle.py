@@ -28,6 +28,8 @@ from tests.appliance.service import (
 CHAT = "/v1/chat/completions"
 CRAWLED = 12
 """Steps of an engine that makes one a second: four freeze timeouts."""
+SCRAPES = 20
+"""Four seconds of them."""
 
 
 def _no_process_left(folder: Path) -> None:
@@ -279,6 +281,31 @@ def test_frozen_scheduler_is_restarted(short_path: Path) -> None:
         wait_for(lambda: running.status()["run_id"] not in {"", first["run_id"]}, 30, running.text)
         assert first["engine_pid"] not in {running.status()["engine_pid"], None}
         assert processes_of(first["engine_pid"]) == []
+
+
+def test_core_that_froze_while_idle_is_restarted(short_path: Path) -> None:
+    """A request that waits in vain counts, though the gauge, which only a step sets, still says that nothing runs."""
+    with stub_service(short_path, "frozen-idle", SPARK_LLM_ENGINE__FREEZE_TIMEOUT_S="1") as running:
+        running.listening()
+        first = running.wait_state("ready")
+        code, body = running.post(CHAT, {"model": "held"})
+        assert (code, body["error"]["code"]) == (503, "engine_exited")
+        running.wait_log(r"\(engine_stalled\)")
+        wait_for(lambda: running.status()["run_id"] not in {"", first["run_id"]}, 30, running.text)
+
+
+def test_client_that_does_not_read_is_no_frozen_core(short_path: Path) -> None:
+    """An engine that has nothing left to do is left alone while its answer waits for a client."""
+    with stub_service(short_path, "frozen-idle", SPARK_LLM_ENGINE__FREEZE_TIMEOUT_S="1") as running:
+        running.listening()
+        first = running.wait_state("ready")
+        url = f"http://127.0.0.1:{running.port}{CHAT}"
+        request = urllib.request.Request(url, data=b'{"model": "flood", "stream": true}')
+        with urllib.request.urlopen(request, timeout=60):
+            enough = running.text().count("| scraped") + SCRAPES
+            wait_for(lambda: running.text().count("| scraped") >= enough, 60, running.text)
+            assert running.status()["run_id"] == first["run_id"]
+        assert "engine_stalled" not in running.text()
 
 
 def test_long_prefill_is_not_restarted(short_path: Path) -> None:

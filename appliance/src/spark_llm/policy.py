@@ -29,7 +29,9 @@ class Sample:
 
     Attributes:
         at: when it was read, on the monotonic clock, in seconds.
-        running: ``vllm:num_requests_running``.
+        running: requests that the engine has to work on: ``vllm:num_requests_running``, and those that wait for it
+            at the gateway. The gauge alone is not enough, as only a finished step sets it (``Scheduler.make_stats``): a
+            core that freezes while idle never counts what came since.
         iterations: ``vllm:iteration_tokens_total_count``, engine steps so far.
     """
 

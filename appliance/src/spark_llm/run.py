@@ -292,7 +292,10 @@ class EngineRun:
             return policy.Socket.UNKNOWN
         counters = parse_counters(body.decode(), asyncio.get_running_loop().time())
         if counters is not None:
-            sample = policy.Sample(counters.at, round(counters.running), round(counters.iterations))
+            waiting = self.upstream.waiting(counters.at - self._settings.scrape_interval_s)
+            sample = policy.Sample(
+                counters.at, round(counters.running) + waiting, round(counters.iterations)
+            )
             self.progress = policy.follow(self.progress, sample)
             self._measure(counters)
         return policy.Socket.ACCEPTED

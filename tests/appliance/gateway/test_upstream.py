@@ -214,6 +214,34 @@ async def test_unread_answer_stops_the_engine_and_is_dropped(short_path: Path) -
             await script.lost.wait()
 
 
+async def test_who_waits_for_the_engine(short_path: Path) -> None:
+    """A request that the engine leaves without a byte waits for it; one that has just come, or has gone, does not."""
+    loop = asyncio.get_running_loop()
+    async with engine(short_path, Script(b"")) as upstream:
+        before = loop.time()
+        asking = asyncio.create_task(upstream.get("/health", 30))
+        await _until(lambda: upstream.waiting(loop.time()) == 1)
+        assert upstream.waiting(before) == 0
+        asking.cancel()
+        await asyncio.wait((asking,))
+        assert upstream.waiting(loop.time()) == 0
+
+
+async def test_slow_client_does_not_wait_for_the_engine(short_path: Path) -> None:
+    """An answer that lies here unread is no request that the engine has to work on, however long it lies."""
+    loop = asyncio.get_running_loop()
+    script = Script(b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nok")
+    async with (
+        engine(short_path, script) as upstream,
+        upstream.request("GET", b"/v1/models", [], b"") as response,
+    ):
+        await _until(lambda: response.unread == len(b"ok"))
+        assert upstream.waiting(loop.time()) == 0
+        rest = asyncio.create_task(response.read())
+        await _until(lambda: upstream.waiting(loop.time()) == 1)
+        rest.cancel()
+
+
 async def test_head_goes_as_given(short_path: Path) -> None:
     """Headers reach the engine as they are, with the body's true length."""
     script = Script(SIZED)

@@ -48,6 +48,7 @@ class Response:
         ended: all of the body is here.
         keep_alive: the connection may be used again after the end.
         unread: bytes of the body that wait for :meth:`read_some`.
+        waits_since: since when a reader waits for more, on the loop's clock; None while none does.
     """
 
     def __init__(self, resume_reading: Callable[[], None]) -> None:
@@ -56,6 +57,7 @@ class Response:
         self.ended = False
         self.keep_alive = False
         self.unread = 0
+        self.waits_since: float | None = None
         self.parser = httptools.HttpResponseParser(self)
         self._resume_reading = resume_reading
         self._has_head = False
@@ -119,8 +121,13 @@ class Response:
     async def _more(self) -> None:
         if self._error is not None:
             raise self._error
-        self._news = asyncio.get_running_loop().create_future()
-        await self._news
+        loop = asyncio.get_running_loop()
+        self._news = loop.create_future()
+        self.waits_since = loop.time()
+        try:
+            await self._news
+        finally:
+            self.waits_since = None
 
     def wake(self) -> None:
         """Let the reader look again, unless its sink takes what is here and more will come."""
@@ -180,6 +187,15 @@ class _Connection(asyncio.Protocol):
         self._response = Response(self._resume)
         self._transport.write(request)
         return self._response
+
+    def waits_since(self, since: float) -> bool:
+        """Whether somebody has waited for the engine at least since ``since``."""
+        response = self._response
+        return (
+            response is not None
+            and response.waits_since is not None
+            and response.waits_since <= since
+        )
 
     @property
     def reusable(self) -> bool:
@@ -268,6 +284,13 @@ class Upstream:
                 self._idle.append(connection)
             else:
                 connection.abort()
+
+    def waiting(self, since: float) -> int:
+        """Requests that wait for the engine, and have waited for its next byte since ``since`` on the loop's clock.
+
+        Not those whose client is slow: what the engine has sent for them lies here unread.
+        """
+        return sum(connection.waits_since(since) for connection in self._open)
 
     async def get(self, path: str, timeout_s: float) -> tuple[int, bytes]:
         """Status and body of a small GET.
