@@ -45,6 +45,8 @@ class Gateway(_Section):
         port: TCP port; 0 takes a free one and prints it.
         insecure: allow a non-loopback address without keys.
         max_body_bytes: largest request body, in bytes.
+        max_bodies_bytes: memory for the bodies of all requests that arrive, wait or are answered, in bytes; one that
+            finds none is answered 503.
         max_header_bytes: largest request head, in bytes.
         header_timeout_s: time a client has to send its request's head and body, in seconds.
         send_timeout_s: how long a client may take nothing of its answer before its request is aborted, in seconds; as
@@ -63,6 +65,7 @@ class Gateway(_Section):
     port: Port = 8000
     insecure: bool = False
     max_body_bytes: Bytes = 32 * 2**20
+    max_bodies_bytes: Bytes = 512 * 2**20
     max_header_bytes: Annotated[int, Field(ge=4096)] = 64 * 2**10
     header_timeout_s: Seconds = 30.0
     send_timeout_s: Seconds = 60.0

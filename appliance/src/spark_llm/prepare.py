@@ -357,8 +357,8 @@ def _refuse_wrong_machine(profile: Profile, python: Path) -> None:
         raise RefusedError(
             f"profile {profile.name} needs an NVIDIA GPU and no driver is loaded",
             reason=Reason.NO_GPU,
-            hint="`nvidia-smi` should list it, and `systemctl status spark-llm-driver` say that its libraries are linked. "
-            "Without a GPU, `make serve` in a checkout runs the demo on the CPU.",
+            hint="`nvidia-smi` should list it, and `systemctl status spark-llm-driver` say that its libraries are "
+            "linked. Without a GPU, `make serve` in a checkout runs the demo on the CPU.",
         )
     kind = manifest.engine_kind(python)
     if kind and kind is not profile.engine:

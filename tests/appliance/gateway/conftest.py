@@ -28,7 +28,11 @@ from spark_llm.status import State
 from tests.stub_engine import Stub
 
 LIMITS = GatewaySettings(
-    max_body_bytes=100_000, max_header_bytes=16_384, header_timeout_s=1.0, queue_timeout_s=60.0
+    max_body_bytes=100_000,
+    max_bodies_bytes=200_000,
+    max_header_bytes=16_384,
+    header_timeout_s=1.0,
+    queue_timeout_s=60.0,
 )
 
 

@@ -145,7 +145,7 @@ async def test_client_that_takes_nothing_gives_its_place_back(
     running: Running, client: aiohttp.ClientSession
 ) -> None:
     """A client that does not read for the whole send timeout is cut off, and the engine's request ends."""
-    running.gateway._proxy._send_timeout_s = 0.2
+    running.gateway._proxy._settings = LIMITS.model_copy(update={"send_timeout_s": 0.2})
     writer = await _client_that_does_not_read(running)
     with anyio.fail_after(30):
         await running.stub.aborted.wait()
@@ -257,6 +257,31 @@ async def test_oversized_body_is_a_413(client: aiohttp.ClientSession, chunked: b
     async with client.post(CHAT, data=pieces() if chunked else body) as answer:
         assert answer.status == 413
         assert (await answer.json())["error"]["code"] == "body_too_large"
+
+
+async def test_bodies_share_a_bounded_memory(
+    running: Running, client: aiohttp.ClientSession
+) -> None:
+    """Requests whose bodies together exceed the budget are told to come again; what has ended gives its share back."""
+    bodies = running.gateway._proxy.bodies
+    pad = "x" * (LIMITS.max_body_bytes // 2)
+    held = [
+        asyncio.create_task(client.post(CHAT, json={"model": "held", "pad": pad}))
+        for _ in range(LIMITS.max_bodies_bytes // len(pad))
+    ]
+    with anyio.fail_after(30):
+        while running.stub.running < len(held) - 1:
+            await asyncio.sleep(0.01)
+        async with client.post(CHAT, json={"model": "demo", "pad": pad}) as answer:
+            assert answer.status == 503
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert "max_bodies_bytes" in (await answer.json())["error"]["message"]
+        running.stub.proceed.set()
+        for task in held:
+            (await task).close()
+        async with client.post(CHAT, json={"model": "demo", "pad": pad}) as answer:
+            assert answer.status == 200
+    assert bodies.held == 0
 
 
 async def test_not_ready_is_a_503_with_retry_after(

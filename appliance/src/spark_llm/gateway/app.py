@@ -39,13 +39,7 @@ class Gateway:
         self.keys = accepted
         self._controller = controller
         self._metrics = Metrics()
-        self._proxy = Proxy(
-            controller,
-            self._metrics,
-            max_body_bytes=settings.max_body_bytes,
-            body_timeout_s=settings.header_timeout_s,
-            send_timeout_s=settings.send_timeout_s,
-        )
+        self._proxy = Proxy(controller, self._metrics, settings)
         self._operator = Operator(controller, lambda: self.keys)
         self._small = Starlette(
             routes=self._routes(),

@@ -1,7 +1,8 @@
 """Reading a request's body, bounded in size and in time: whoever sends it may be slow, or mean harm."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -15,15 +16,55 @@ from spark_llm.validation import explain
 T = TypeVar("T", bound=BaseModel)
 _LARGEST_JSON = 4096
 """Largest body of the operator's API, in bytes: a few names and numbers."""
+_RETRY_S = 5
 
 
-async def read_body(
+class BodyBudget:
+    """The memory of all bodies that are held at once: while they arrive, wait for a place and are answered.
+
+    Args:
+        limit: in bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self.held = 0
+
+    @contextmanager
+    def account(self) -> Iterator[Callable[[int], None]]:
+        """A function that takes bytes for one request; they are given back at the end of the block.
+
+        Raises:
+            Reply: 503, by that function, when there are none left.
+        """
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if self.held + size > self._limit:
+                raise Reply(
+                    503,
+                    Reason.QUEUE_FULL,
+                    "too many large requests at once (gateway.max_bodies_bytes)",
+                    retry_after_s=_RETRY_S,
+                )
+            self.held += size
+            taken += size
+
+        try:
+            yield take
+        finally:
+            self.held -= taken
+
+
+async def read_body(  # noqa: PLR0913  three bounds, each with its own error
     headers: Headers,
     receive: Callable[[], Awaitable[MutableMapping[str, Any]]],
     *,
     limit: int,
     timeout_s: float,
     setting: str = "",
+    take: Callable[[int], None] = lambda _: None,
 ) -> bytes:
     """The whole body.
 
@@ -33,9 +74,10 @@ async def read_body(
         limit: largest size, in bytes.
         timeout_s: longest time until its end, in seconds.
         setting: what the limit is called, for the message; empty if nobody can change it.
+        take: of a :class:`BodyBudget`.
 
     Raises:
-        Reply: 413 when it is too large, 408 when it takes too long.
+        Reply: 413 when it is too large, 408 when it takes too long, and what ``take`` raises.
         ClientDisconnect: the client left.
     """
     named = f" ({setting})" if setting else ""
@@ -55,6 +97,7 @@ async def read_body(
                     raise ClientDisconnect
                 parts.append(message.get("body", b""))
                 size += len(parts[-1])
+                take(len(parts[-1]))
                 if size > limit:
                     raise too_large
                 if not message.get("more_body", False):

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect
 
-from spark_llm.gateway.body import read_body
+from spark_llm.config import Gateway
+from spark_llm.gateway.body import BodyBudget, read_body
 from spark_llm.gateway.metrics import Metrics
 from spark_llm.gateway.protocol import CLIENT, Client
 from spark_llm.gateway.queue import CUT, AdmissionQueue
@@ -88,31 +89,27 @@ class Engines(Protocol):
 
 
 class Proxy:
-    """An ASGI application for the paths in ``ROUTES``."""
+    """An ASGI application for the paths in ``ROUTES``.
 
-    def __init__(
-        self,
-        engines: Engines,
-        metrics: Metrics,
-        *,
-        max_body_bytes: int,
-        body_timeout_s: float,
-        send_timeout_s: float,
-    ) -> None:
+    Attributes:
+        bodies: what requests' bodies take of memory now.
+    """
+
+    def __init__(self, engines: Engines, metrics: Metrics, settings: Gateway) -> None:
         self._engines = engines
         self._metrics = metrics
-        self._max_body_bytes = max_body_bytes
-        self._body_timeout_s = body_timeout_s
-        self._send_timeout_s = send_timeout_s
+        self._settings = settings
+        self.bodies = BodyBudget(max(settings.max_bodies_bytes, settings.max_body_bytes))
         self._scheduling = Scheduling(len(os.sched_getaffinity(0)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        exchange = _Exchange(scope, send, self._send_timeout_s)
+        exchange = _Exchange(scope, send, self._settings.send_timeout_s)
         try:
             exchange.check_method()
-            body, exchange.model = await self._body(scope, receive)
-            await self._run(exchange, body)
+            with self.bodies.account() as take:
+                body, exchange.model = await self._body(scope, receive, take)
+                await self._run(exchange, body)
         except Reply as reply:
             exchange.reason = reply.reason
             await exchange.refuse(reply)
@@ -133,15 +130,18 @@ class Proxy:
                 exchange.request_id.decode(),
             )
 
-    async def _body(self, scope: Scope, receive: Receive) -> tuple[bytes, str]:
+    async def _body(
+        self, scope: Scope, receive: Receive, take: Callable[[int], None]
+    ) -> tuple[bytes, str]:
         """The whole body, which must be a JSON object where there is one, and the model that it names."""
         try:
             body = await read_body(
                 scope["headers"],
                 receive,
-                limit=self._max_body_bytes,
-                timeout_s=self._body_timeout_s,
+                limit=self._settings.max_body_bytes,
+                timeout_s=self._settings.header_timeout_s,
                 setting="gateway.max_body_bytes",
+                take=take,
             )
         except ClientDisconnect:
             raise _ClientGone from None
