@@ -41,7 +41,7 @@ def go_back_to(package: Path) -> None:
     The other generations keep their order, so that a later :func:`roll_back` does not lead to what was left now.
 
     Raises:
-        SparkLlmError: it has no generation any more, or nix-env failed.
+        SparkLlmError: nix-env failed.
     """
     if current() == package.resolve():
         return
@@ -50,9 +50,10 @@ def go_back_to(package: Path) -> None:
         for link in PROFILE.parent.glob(f"{PROFILE.name}-*-link")
         if link.resolve() == package.resolve()
     ]
-    if not numbers:
-        raise SparkLlmError(f"{package} has no generation of {PROFILE}", reason=Reason.NOT_FOUND)
-    _nix_env("--switch-generation", str(max(numbers)))
+    if numbers:
+        _nix_env("--switch-generation", str(max(numbers)))
+    else:  # somebody deleted old generations meanwhile
+        select(package)
 
 
 def roll_back() -> Path:
