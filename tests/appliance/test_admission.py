@@ -1,5 +1,7 @@
 """Who may go next, and what the others are told."""
 
+from collections import Counter
+
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -88,9 +90,29 @@ def test_full_queue_is_refused() -> None:
     queue = Admission(Limits(max_running=1, max_queue=2))
     for _ in range(3):
         offer(queue, "a")
-    answer = refuse(queue, "b")
+    answer = refuse(queue, "a")
     assert (answer.status, answer.reason) == (429, Reason.QUEUE_FULL)
     assert queue.waiting == 3
+
+
+def test_longest_line_makes_room() -> None:
+    """In a full queue, the newest wait of the longest line ends for a key that has a shorter one."""
+    queue = Admission(Limits(max_running=1, max_queue=4))
+    offer(queue, "greedy")
+    queue.admit(0)
+    greedy = [offer(queue, "greedy") for _ in range(4)]
+    modest = [offer(queue, "modest")]
+    assert queue.displaced() == [greedy[3]]
+    modest.append(offer(queue, "modest"))
+    assert queue.displaced() == [greedy[2]]
+    refuse(queue, "modest")
+    refuse(queue, "greedy")
+    assert (queue.displaced(), queue.waiting) == ([], 4)
+    for key in ("third", "fourth"):
+        offer(queue, key)
+        assert len(queue.displaced()) == 1
+    refuse(queue, "fifth")
+    assert queue.displaced() == [], "each waits once: two would only change places"
 
 
 def measured(limits: Limits, duration: float) -> tuple[Admission, float]:
@@ -186,6 +208,7 @@ def test_expected_wait_is_near_the_truth(places: int, before: list[str], key: st
     queue, now = measured(Limits(max_running=places, queue_timeout_s=1e9), duration=places)
     running: list[Ticket] = []
     for other in before:
+        now += 1e-6
         offer(queue, other, now)
         running += queue.admit(now)
     expected = queue.expected_wait_s(key, now)
@@ -286,10 +309,25 @@ class Life(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from("abc"), timeout=st.none() | st.floats(0.1, 20))
     def come(self, key: str, timeout: float | None) -> None:
+        lines = self.lines()
         answer = self.queue.offer(key, self.at, timeout)
+        displaced = self.queue.displaced()
         if isinstance(answer, Ticket):
             self.outside.append(answer)
+        for ticket in displaced:
+            assert isinstance(answer, Ticket), "nobody makes room for one that is turned away"
+            assert lines[key] + 1 < lines[ticket.key] == max(lines.values())
+            assert all(self.outside.index(ticket) >= i for i in self.places_of(ticket.key))
+            self.outside.remove(ticket)
+        if isinstance(answer, Rejected) and answer.reason is Reason.QUEUE_FULL:
+            assert max(lines.values(), default=0) <= lines[key] + 1
         self.take()
+
+    def lines(self) -> Counter[str]:
+        return Counter(ticket.key for ticket in self.outside)
+
+    def places_of(self, key: str) -> list[int]:
+        return [place for place, ticket in enumerate(self.outside) if ticket.key == key]
 
     @rule(index=st.integers(0, 20))
     def end(self, index: int) -> None:
@@ -322,6 +360,8 @@ class Life(RuleBasedStateMachine):
             return
         assert self.queue.running == len(self.inside) <= self.limits.max_running
         assert self.queue.waiting == len(self.outside)
+        free = self.limits.max_running - len(self.inside)
+        assert len(self.outside) <= self.limits.max_queue + free
         per_key = self.limits.max_running_per_key
         for key in "abc":
             held = sum(ticket.key == key for ticket in self.inside)

@@ -1,13 +1,15 @@
 """Who may go next: a bounded queue, fair by key, with a ``Retry-After`` that comes from what was measured. No I/O.
 
 Fair means: of the keys that wait, the one with the fewest running requests goes next; among equals the
-one whose last turn is longest ago. A client that sends a thousand requests then delays itself, not the others.
+one whose last turn is longest ago. A full queue turns away the newest of the longest line for a newcomer whose
+line is shorter. A client that sends a thousand requests then delays itself, not the others. Requests without a key
+are one client.
 """
 
 from collections import Counter, deque
 from dataclasses import dataclass
 from itertools import count
-from math import ceil
+from math import ceil, inf
 
 from spark_llm.reason import Reason
 
@@ -63,8 +65,9 @@ class Rejected:
 class Admission:
     """The queue. All times are the caller's monotonic clock, in seconds; nothing here waits.
 
-    The caller asks with :meth:`offer`, calls :meth:`admit` after each offer or leave and
-    wakes those it returns, and calls :meth:`expire` when a deadline passes (:meth:`next_deadline`).
+    The caller asks with :meth:`offer`, then turns away those that :meth:`displaced` returns, calls :meth:`admit`
+    after each offer or leave and wakes those it returns, and calls :meth:`expire` when a deadline passes
+    (:meth:`next_deadline`).
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -73,6 +76,7 @@ class Admission:
         self._durations: deque[float] = deque(maxlen=_MEASURED)
         self._admitted: dict[Ticket, float] = {}
         self._waiting: dict[str, deque[Ticket]] = {}
+        self._displaced: list[Ticket] = []
         self._running: Counter[str] = Counter()
         self._turns = count(1)
         self._last_turn: dict[
@@ -103,7 +107,9 @@ class Admission:
         if self.limits.max_queue_per_key and mine >= self.limits.max_queue_per_key:
             return Rejected(429, Reason.QUEUE_FULL, self.retry_after_s(key, now))
         free = self.limits.max_running - self.running
-        if self.waiting >= self.limits.max_queue + max(free, 0):
+        full = self.waiting >= self.limits.max_queue + max(free, 0)
+        longest = max(self._waiting.values(), key=len, default=deque[Ticket]())
+        if full and len(longest) <= mine + 1:  # at one more, the two would only change places
             return Rejected(429, Reason.QUEUE_FULL, self.retry_after_s(key, now))
         patience = self.limits.queue_timeout_s
         if timeout_s is not None:
@@ -112,9 +118,18 @@ class Admission:
         if expected is not None and expected > patience:
             # Waiting would only end in a timeout; saying so now is kinder than in a minute.
             return Rejected(503, Reason.DEADLINE, self.retry_after_s(key, now))
+        if full:
+            self._displaced.append(
+                longest.pop()
+            )  # it waited least of those whose own key is in their way
         ticket = Ticket(key, now, now + patience)
         self._waiting.setdefault(key, deque()).append(ticket)
         return ticket
+
+    def displaced(self) -> list[Ticket]:
+        """Tickets that lost their wait to another key's since the last call; they are answered 429 ``queue_full``."""
+        displaced, self._displaced = self._displaced, []
+        return displaced
 
     def admit(self, now: float) -> list[Ticket]:
         """Tickets that may go now; each counts as running until :meth:`leave`."""
@@ -203,14 +218,16 @@ class Admission:
     def _ahead(self, key: str) -> int:
         """Tickets that go before one of ``key`` that comes now.
 
-        All of its own key, and of each other key one before each of those and itself, less what that key has more
-        at the engine.
+        All of its own key, and of each other key one before each of those and itself, less what that key is ahead
+        already: more at the engine, or a turn after its own.
         """
+        mine = self._precedence(key)
         turns = len(self._waiting.get(key, ())) + 1
         ahead = turns - 1
         for other, line in self._waiting.items():
             if other != key:
-                lead = max(self._running[other] - self._running[key], 0)
+                theirs = self._precedence(other)
+                lead = max(theirs[0] - mine[0], int(theirs > mine))
                 ahead += min(len(line), max(turns - lead, 0))
         return ahead
 
@@ -243,4 +260,5 @@ class Admission:
 
     def _precedence(self, key: str) -> tuple[int, int, float]:
         # By arrival alone, keys with a backlog would share one line, and a newcomer stand behind all of it.
-        return self._running[key], self._last_turn.get(key, 0), self._waiting[key][0].arrived
+        line = self._waiting.get(key)
+        return self._running[key], self._last_turn.get(key, 0), line[0].arrived if line else inf

@@ -5,6 +5,9 @@ import aiohttp
 import anyio
 import pytest
 from spark_llm.admission import Limits
+from spark_llm.gateway.queue import AdmissionQueue
+from spark_llm.gateway.reply import Reply
+from spark_llm.reason import Reason
 
 from tests.appliance.gateway.conftest import running_gateway
 
@@ -32,6 +35,26 @@ async def test_full_queue_is_a_429(tmp_path: Path) -> None:
         for task in held:
             async with await task as answer:
                 assert answer.status == 200
+
+
+async def test_lost_wait_is_a_429() -> None:
+    """In a full queue, the newest wait of a greedy key ends with 429 as soon as another key comes."""
+    queue = AdmissionQueue(Limits(max_running=1, max_queue=2))
+
+    async def ask(key: str) -> str:
+        async with queue.place(key):
+            return "answered"
+
+    with anyio.fail_after(5):
+        async with queue.place("greedy"):
+            first, second = (asyncio.create_task(ask("greedy")) for _ in range(2))
+            while queue.waiting < 2:
+                await asyncio.sleep(0)
+            modest = asyncio.create_task(ask("modest"))
+            with pytest.raises(Reply, match="full") as lost:
+                await second
+            assert (lost.value.status, lost.value.reason) == (429, Reason.QUEUE_FULL)
+        assert (await first, await modest) == ("answered", "answered")
 
 
 async def test_wait_ends_at_the_clients_deadline(tmp_path: Path) -> None:

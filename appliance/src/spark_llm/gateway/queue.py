@@ -99,6 +99,8 @@ class AdmissionQueue:
 
     def _wake(self) -> None:
         now = asyncio.get_running_loop().time()
+        for ticket in self._admission.displaced():
+            self._turn_away(ticket, 429, Reason.QUEUE_FULL)
         for ticket in self._admission.expire(now):
             self._turn_away(ticket, 503, Reason.DEADLINE)
         while admitted := self._admission.admit(now):
