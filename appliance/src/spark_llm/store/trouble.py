@@ -142,8 +142,8 @@ def _describe_http(  # noqa: PLR0911  one return a cause
     if isinstance(error, RepositoryNotFoundError) and not authenticated:
         return Trouble(
             Reason.NOT_FOUND, f"the hub has no public model {model}",
-            "Check the name. If it is private, give the token of an account that may read it: `token_file` of [store], or "
-            "HF_TOKEN.",
+            "Check the name. If it is private, give the token of an account that may read it: "
+            "`token_file` of [store], or HF_TOKEN.",
         )  # fmt: skip
     if status == httpx2.codes.UNAUTHORIZED:
         return Trouble(
