@@ -30,7 +30,7 @@ layer_counts = st.dictionaries(
 def model(layers: dict[Layer, int]) -> Architecture:
     return Architecture(
         model_type="test",
-        layers=tuple(layers.items()),
+        order=tuple(layer for layer, count in layers.items() for _ in range(count)),
         draft_layers=(),
         dtype="bfloat16",
         state_dtype="",
@@ -78,10 +78,13 @@ def test_longest_is_the_longest(
 
 @given(layer_counts, options)
 def test_block_holds_every_layer_group(layers: dict[Layer, int], chosen: CacheOptions) -> None:
-    """Groups cover all layers, and no page of a layer is larger than its share of a block."""
+    """Groups cover all layers, and a block has room for every page of a group."""
     cache = layout(model(layers), chosen)
+    widest = max(group.layers for group in cache.groups)
     assert sum(group.layers for group in cache.groups) >= sum(layers.values())
-    assert cache.block_bytes == cache.page_bytes * max(group.layers for group in cache.groups)
+    assert cache.page_bytes <= cache.block_bytes <= cache.page_bytes * widest
+    if len(cache.groups) > 1:
+        assert cache.block_bytes == cache.page_bytes * widest
 
 
 @given(attentions, st.sampled_from(KV_DTYPES))
@@ -131,6 +134,55 @@ def test_known_model_by_hand() -> None:
     assert [group.block_size for group in cache.groups if not group.states] == [block]
     assert cache.block_bytes == 12 * block * 1024
     assert cache.blocks_per_sequence(65536) == -(-65536 // block) + 3 * 2
+
+
+def test_ends_in_the_models_dtype() -> None:
+    """TurboQuant leaves two layers at either end in BF16; hybrid models have no such ends."""
+    chosen = CacheOptions(kv_dtype="turboquant_4bit_nc", plain_ends=2)
+    full = Attention(4, 128, 128)
+    # vLLM's own page sizes per token: 2048 bytes of BF16, 536 of TurboQuant (turboquant_attn.py, customize_spec).
+    assert layout(model({full: 48}), chosen).block_bytes == 16 * (4 * 2048 + 44 * 536)
+    assert layout(model({full: 3}), chosen).block_bytes == 16 * (2 * 2048 + 536)
+    hybrid = layout(model({State(8192, 3, 32 * 128 * 128): 12, full: 4}), chosen)
+    assert hybrid == layout(
+        model({State(8192, 3, 32 * 128 * 128): 12, full: 4}), replace(chosen, plain_ends=0)
+    )
+
+
+def test_ends_between_windows() -> None:
+    """Which layers are the ends is told by their order: here a window and a full layer at either end."""
+    chosen = CacheOptions(kv_dtype="turboquant_4bit_nc", plain_ends=2)
+    window, full = Attention(4, 128, 128, window=128), Attention(4, 128, 128)
+    alternating = replace(model({full: 1}), order=(window, full) * 4)
+    groups = layout(alternating, chosen).groups
+    assert sorted((group.window, group.layers) for group in groups) == [(0, 2)] * 2 + [(128, 2)] * 2
+
+
+def test_one_kind_of_attention_is_one_group() -> None:
+    """A draft of another shape joins the group of a model without windows and states, at its own size."""
+    draft = model({Attention(8, 64, 64): 1})
+    cache = layout(model({Attention(8, 128, 128): 32}), CacheOptions(), draft)
+    assert [(group.layers, group.block_size) for group in cache.groups] == [(33, 16)]
+    assert cache.block_bytes == 16 * 2 * 2 * 8 * (32 * 128 + 64)
+
+
+def test_draft_wider_than_its_hybrid_target() -> None:
+    """The target alone aligns the block; the draft's wider page then pads every other layer's.
+
+    Page, block and sequence are what vLLM 0.32.0's ``get_kv_cache_groups`` makes of these layers: Qwen3.8-27B's with a
+    draft of five, and Qwen3.6-35B-A3B's with a draft of three.
+    """
+    fp8 = CacheOptions(kv_dtype="fp8", max_num_batched_tokens=8192, state_dtype="float32")
+    gated: dict[Layer, int] = {State(10240, 3, 48 * 128 * 128): 48, Attention(4, 256, 256): 16}
+    draft = model({Attention(8, 128, 128): 5})
+    even = layout(model(gated), replace(fp8, speculative_tokens=8), draft)
+    assert (even.page_bytes, even.block_bytes) == (3375104, 16875520)
+    assert even.blocks_per_sequence(131072) * even.block_bytes / 2**30 == 7.8582763671875
+    gated = {State(8192, 3, 32 * 128 * 128): 30, Attention(2, 256, 256): 10}
+    draft = model({Attention(8, 128, 128): 3})
+    wider = layout(model(gated), replace(fp8, speculative_tokens=3), draft)
+    assert (wider.page_bytes, wider.block_bytes) == (4390912, 13172736)
+    assert wider.blocks_per_sequence(262144) * wider.block_bytes / 2**30 == 5.16485595703125
 
 
 def test_two_nodes_halve_the_heads() -> None:

@@ -81,7 +81,7 @@ def test_draft_model_is_a_line_of_its_own() -> None:
     """A separate draft brings weights and KV layers."""
     speculative = Speculative(method="eagle3", tokens=2, model="org/draft")
     profile = PROFILE.model_copy(update={"speculative": speculative})
-    draft = replace(DENSE, layers=((Attention(8, 128, 128), 1),))
+    draft = replace(DENSE, order=(Attention(8, 128, 128),))
     model = replace(MODEL, draft=draft, draft_weights=Weights(((Part.BODY, GIB),)))
     assert size(account(profile, SPARK, model), "draft weights") == pytest.approx(1.02 * GIB, abs=2)
 
@@ -140,6 +140,15 @@ def test_head_that_is_quantised_is_not_screened() -> None:
         weights=Weights(((Part.EMBEDDING, 151936 * 4096 * 2),)),
     )
     assert size(account(PROFILE, GB10, tied), "screened LM head") > 0
+
+
+def test_turboquant_leaves_the_ends() -> None:
+    """With --tq four layers of a model without states keep BF16, and the cache holds fewer sequences for it."""
+    packed = adjust(PROFILE, turboquant=True)
+    block = 16 * (
+        4 * 8 * 512 + 28 * 8 * 134
+    )  # a block of 16: 4 and 28 of 32 layers, 8 heads of 128
+    assert kv_cache_bytes_for(packed, MODEL, 1) == (32768 // 16 + 1) * block
 
 
 def test_two_nodes_share() -> None:

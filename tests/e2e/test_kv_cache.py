@@ -61,6 +61,7 @@ def ours(name: str, in_flight: int) -> Layout:
         prefix_caching=engine.get("enable_prefix_caching", True),
         speculative_tokens=engine.get("speculative_config", {}).get("num_speculative_tokens", 0),
         draft_in_model="speculative_config" in engine,
+        plain_ends=len(engine.get("kv_cache_dtype_skip_layers", ())) // 2,
     )
     return layout(architecture, options)
 

@@ -68,8 +68,8 @@ class Architecture:
 
     Attributes:
         model_type: ``model_type`` of config.json.
-        layers: each distinct layer and how many there are of it.
-        draft_layers: attention layers of the built-in MTP module, in the same form; kept only with speculation.
+        order: all layers that keep something, as they follow each other.
+        draft_layers: distinct attention layers of the built-in MTP module and how many; kept only with speculation.
         dtype: the model's own, e.g. ``bfloat16``.
         state_dtype: of the recurrent state where config.json names one, else empty.
         max_context: longest context the model was made for, in tokens.
@@ -83,7 +83,7 @@ class Architecture:
     """
 
     model_type: str
-    layers: tuple[tuple[Layer, int], ...]
+    order: tuple[Layer, ...]
     draft_layers: tuple[tuple[Layer, int], ...]
     dtype: str
     state_dtype: str
@@ -95,6 +95,11 @@ class Architecture:
     widest: int
     expert_width: int = 0
     quantization: str = ""
+
+    @property
+    def layers(self) -> tuple[tuple[Layer, int], ...]:
+        """Each distinct layer and how many there are of it."""
+        return tuple(Counter(self.order).items())
 
 
 def read_architecture(config: Mapping[str, Any], *, draft: bool = False) -> Architecture:
@@ -119,7 +124,7 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], *, draft: bool) ->
     kinds = _kinds(text, int(text.get("num_hidden_layers") or 0))
     # vLLM gives no layer of Gemma 4's assistant a cache, whatever its file says (gemma4_mtp.py).
     shares_all = config.get("model_type") == "gemma4_assistant"
-    layers = Counter([] if shares_all else _layers(text, kinds))
+    layers = [] if shares_all else _layers(text, kinds)
     if not layers and not (draft and kinds):
         raise _unknown(text, "it names no layers")
     heads = [layer for layer in layers if isinstance(layer, Attention) and not layer.window]
@@ -129,7 +134,7 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], *, draft: bool) ->
     dtype = _first(config, "dtype", "torch_dtype") or _first(text, "dtype", "torch_dtype")
     return Architecture(
         model_type=str(text.get("model_type", "")),
-        layers=tuple(layers.items()),
+        order=tuple(layers),
         draft_layers=((heads[0], drafts or 1),) if heads else (),
         dtype=str(dtype or "bfloat16").removeprefix("torch."),
         state_dtype=_state_dtype(text),

@@ -7,7 +7,8 @@ capacity), ``vllm/platforms/interface.py`` (``_align_hybrid_block_size``). The t
 number with what a real engine reports.
 """
 
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass
 from math import ceil
 
 from spark_llm.architecture import DTYPE_BYTES, Architecture, Attention, Layer, State
@@ -29,6 +30,7 @@ class CacheOptions:
         state_dtype: ``--mamba-ssm-cache-dtype``; empty takes the model's.
         prefix_caching: states are kept at block boundaries too (``mamba_cache_mode=align``).
         tensor_parallel: GPUs that share each layer.
+        plain_ends: layers at either end that keep the model's own dtype; hybrid models have none.
     """
 
     kv_dtype: str = "auto"
@@ -40,6 +42,7 @@ class CacheOptions:
     state_dtype: str = ""
     prefix_caching: bool = True
     tensor_parallel: int = 1
+    plain_ends: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Layout:
 
     Attributes:
         groups: see :class:`Group`.
-        page_bytes: one layer's share of a block.
+        page_bytes: the largest share of one layer in a block.
         block_bytes: one block; the unit of allocation.
         in_flight: tokens scheduled and not yet settled, which a sliding window has to keep too.
     """
@@ -128,44 +131,62 @@ def layout(
     Raises:
         ConfigError: a KV dtype this does not know.
     """
-    layers: dict[Layer, int] = dict(architecture.layers)
-    extra = draft.layers if draft else architecture.draft_layers if options.draft_in_model else ()
-    for layer, count in extra:
-        layers[layer] = layers.get(layer, 0) + count
-    counts = list(layers.items())
-    sizes = {
-        layer: _page_per_token(layer, architecture, options)
-        for layer in layers
+    counted = _stored(architecture, options, draft)
+    sizes: dict[tuple[Layer, str], int] = {
+        (layer, dtype): _page_per_token(layer, dtype, architecture, options)
+        for layer, dtype in counted
         if isinstance(layer, Attention)
     }
-    states = {
-        layer: _state_bytes(layer, architecture, options)
-        for layer in layers
+    states = [
+        _state_bytes(layer, architecture, options)
+        for layer, _ in counted
         if isinstance(layer, State)
-    }
+    ]
     block = options.block_size
-    if states and sizes:
-        # Hybrid: the attention block grows until its page holds a state.
-        block *= ceil(max(states.values()) / (block * max(sizes.values())))
-    page = max([block * size for size in sizes.values()] + list(states.values()))
-    width = _group_width([count for _, count in counts])
+    own_sizes = [size for (layer, _), size in sizes.items() if layer in architecture.order]
+    if states and own_sizes:
+        # Hybrid: the attention block grows until its page holds a state. Only the model's own layers are asked
+        # (_align_hybrid_block_size); a draft's wider page pads all others afterwards (unify_kv_cache_spec_page_size).
+        block *= ceil(max(states) / (block * max(own_sizes)))
+    page = max([block * size for size in sizes.values()] + states)
+    in_flight = options.max_num_batched_tokens * options.concurrent_batches
+    windows = {layer.window for layer, _ in counted if isinstance(layer, Attention)}
+    if not states and len(windows) == 1:
+        # One kind of attention: one group, in which each layer has a page of its own size (UniformTypeKVCacheSpecs).
+        whole = sum(count * block * sizes[kind] for kind, count in counted.items())
+        group = Group(sum(counted.values()), block, window=windows.pop())
+        return Layout((group,), page, whole, in_flight)
+    width = _group_width(list(counted.values()))
     groups = []
-    for layer, count in counts:
+    for (layer, dtype), count in counted.items():
         if isinstance(layer, State):
             copies = 1 + layer.checkpoints if options.prefix_caching else 0
             prototype = Group(width, 0, states=1 + options.speculative_tokens + copies)
         else:
-            own = block * sizes[layer]
+            own = block * sizes[layer, dtype]
             # A smaller page gets more tokens where that comes out even; else it is padded.
             tokens = block * (page // own) if page % own == 0 else block
             prototype = Group(width, tokens, window=layer.window)
-        if len(counts) == 1:
-            groups.append(replace(prototype, layers=count))
-        else:
-            groups += [prototype] * ceil(count / width)
-    widest = max(group.layers for group in groups)
-    in_flight = options.max_num_batched_tokens * options.concurrent_batches
-    return Layout(tuple(groups), page, page * widest, in_flight)
+        groups += [prototype] * ceil(count / width)
+    return Layout(tuple(groups), page, page * width, in_flight)
+
+
+def _stored(
+    architecture: Architecture, options: CacheOptions, draft: Architecture | None
+) -> dict[tuple[Layer, str], int]:
+    """Each distinct layer with the dtype that its cache has, and how many there are of it."""
+    order = architecture.order
+    ends = min(options.plain_ends, len(order) // 2)
+    if any(isinstance(layer, State) for layer in order):
+        ends = 0
+    counted = Counter(
+        (layer, options.kv_dtype if ends <= index < len(order) - ends else "auto")
+        for index, layer in enumerate(order)
+    )
+    extra = draft.layers if draft else architecture.draft_layers if options.draft_in_model else ()
+    for layer, count in extra:
+        counted[layer, options.kv_dtype] += count
+    return counted
 
 
 def _group_width(counts: list[int]) -> int:
@@ -206,10 +227,12 @@ _FORMATS: dict[str, tuple[float, float, int]] = {
 KV_DTYPES = ("auto", *_FORMATS)
 
 
-def _page_per_token(layer: Attention, architecture: Architecture, options: CacheOptions) -> int:
+def _page_per_token(
+    layer: Attention, dtype: str, architecture: Architecture, options: CacheOptions
+) -> int:
     """Bytes of one token in one layer."""
     heads = max(1, layer.kv_heads // options.tensor_parallel)
-    return heads * bytes_per_head(layer, options.kv_dtype, DTYPE_BYTES.get(architecture.dtype, 2))
+    return heads * bytes_per_head(layer, dtype, DTYPE_BYTES.get(architecture.dtype, 2))
 
 
 def bytes_per_head(layer: Attention, kv_dtype: str, model_bytes: int) -> int:

@@ -246,6 +246,8 @@ def cache_options(profile: Profile) -> kv_cache.CacheOptions:
         state_dtype=profile.state_dtype,
         prefix_caching=profile.prefix_caching,
         tensor_parallel=profile.nodes,
+        # TurboQuantConfig.get_boundary_skip_layers, vLLM's turboquant/config.py
+        plain_ends=2 if profile.kv_cache_dtype.startswith("turboquant_") else 0,
     )
 
 
