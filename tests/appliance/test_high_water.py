@@ -261,7 +261,7 @@ def test_run_leaves_its_mark(short_path: Path) -> None:
         running.listening()
         running.wait_state("ready")
         path = short_path / "state" / "high-water.json"
-        wait_for(path.exists, 10, running.text)
+        wait_for(path.exists, 30, running.text)
         status = running.status()
         assert 0 < status["memory_bytes"] <= status["memory_peak_bytes"]
         assert running.stop() == 0
