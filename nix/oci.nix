@@ -64,7 +64,7 @@ dockerTools.streamLayeredImage {
       "LD_LIBRARY_PATH=${
         lib.concatStringsSep ":" [
           sparkPins.driverLib
-          "/usr/lib/aarch64-linux-gnu"
+          "/usr/lib/${sparkPins.system}-gnu"
           "/usr/lib64"
           "/usr/local/nvidia/lib64"
         ]

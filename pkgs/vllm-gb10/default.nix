@@ -63,6 +63,18 @@ let
     };
   };
 
+  # Triton links what it compiles with -l:libcuda.so.1 from this one folder (triton/backends/nvidia/driver.py,
+  # libcuda_dirs; unset, it asks /sbin/ldconfig). In a container the driver is where the container toolkit mounts it.
+  findLibcuda = ''
+    IFS=: read -ra folders <<<"$LD_LIBRARY_PATH"
+    for folder in "''${folders[@]}"; do
+      if [ -e "$folder/libcuda.so.1" ]; then
+        export TRITON_LIBCUDA_PATH=$folder
+        break
+      fi
+    done
+  '';
+
   plugins = lib.optional (spark-kernels != null) spark-kernels ++ extraPlugins;
 in
 stdenv.mkDerivation (finalAttrs: {
@@ -125,6 +137,7 @@ stdenv.mkDerivation (finalAttrs: {
         --set-default VLLM_NO_USAGE_STATS 1 \
         --set-default DO_NOT_TRACK 1 \
         --prefix LD_LIBRARY_PATH : ${sparkPins.driverLib} \
+        --run ${lib.escapeShellArg findLibcuda} \
         --prefix PATH : ${
           lib.makeBinPath [
             bash

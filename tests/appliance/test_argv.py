@@ -56,6 +56,14 @@ def test_cuda_profile_speaks_bytes() -> None:
     assert value(built, "--gpu-memory-utilization") == "0.31"
 
 
+def test_engine_finds_the_driver_where_the_service_does() -> None:
+    """The folders of the driver's libraries, which a container sets, reach the engine; a token does not."""
+    given = {"LD_LIBRARY_PATH": "/run/opengl-driver/lib:/usr/lib64", "HF_TOKEN": "secret"}
+    built = build(load_profile("gpt-oss-20b", FOLDERS), inherited=given)
+    assert built.environment["LD_LIBRARY_PATH"] == given["LD_LIBRARY_PATH"]
+    assert "HF_TOKEN" not in built.environment
+
+
 def test_cuda_environment_is_for_cuda() -> None:
     """Variables for the GPU build are not set for the CPU build."""
     for name in profile_names(FOLDERS):

@@ -178,10 +178,11 @@ def test_patches_are_in_order() -> None:
     assert [re.sub(r"^\w{32}-", "", name) for name in json.loads(out)] == names
 
 
-def test_image_is_configured() -> None:
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_image_is_configured(system: str) -> None:
     """The image serves as an ordinary user, is stopped by SIGTERM and checked on /readyz."""
     config = json.loads(
-        json.loads(nix_eval("packages.aarch64-linux.oci", "--json", "--apply", "p: p.config"))
+        json.loads(nix_eval(f"packages.{system}.oci", "--json", "--apply", "p: p.config"))
     )
     assert config["Entrypoint"][0].endswith("/bin/spark-llm")
     assert config["Cmd"] == ["serve"]
@@ -189,7 +190,8 @@ def test_image_is_configured() -> None:
     assert config["StopSignal"] == "SIGTERM"
     assert config["Healthcheck"]["Test"][2:4] == ["wait", "--ready"]
     environment = dict(entry.split("=", 1) for entry in config["Env"])
-    assert environment["LD_LIBRARY_PATH"].split(":")[0] == "/run/opengl-driver/lib"
+    folders = environment["LD_LIBRARY_PATH"].split(":")
+    assert folders[:2] == ["/run/opengl-driver/lib", f"/usr/lib/{system}-gnu"]
     assert environment["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
     # A published port arrives at another address than the container's loopback, and state must lie in the volumes.
     assert environment["SPARK_LLM_GATEWAY__HOST"] == "0.0.0.0"
@@ -206,7 +208,7 @@ def test_image_is_not_its_users() -> None:
 
 
 def test_nixos_module() -> None:
-    """A system with the service gets its users, groups, port and credentials; the hub token goes to the fetch units alone."""
+    """A system with the service gets users, groups, port and credentials; the hub token is the fetch units' alone."""
     out = run_nix(
         "eval",
         "--json",

@@ -11,6 +11,7 @@ makeWrapper() {
         --set) printf 'export %s=%q\n' "$2" "$3"; shift 3 ;;
         --set-default) printf 'export %s="${%s-%s}"\n' "$2" "$2" "$3"; shift 3 ;;
         --prefix) printf 'export %s=%q"${%s:+%s$%s}"\n' "$2" "$4" "$2" "$3" "$2"; shift 4 ;;
+        --run) printf '%s\n' "$2"; shift 2 ;;
         --add-flags) exec_args+=" $2"; shift 2 ;;
         *) echo "stand-in makeWrapper: unknown flag $1" >&2; return 1 ;;
       esac
