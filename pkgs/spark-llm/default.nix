@@ -31,12 +31,16 @@ let
       printf '%s\n' '#!${environment}/bin/python' 'import sys' \
         'from ${lib.elemAt parts 0} import ${lib.elemAt parts 1} as run' 'sys.exit(run())' >"$out/libexec/${name}"
       chmod +x "$out/libexec/${name}"
-      makeWrapper "$out/libexec/${name}" "$out/bin/${name}" ${
-        lib.optionalString (
-          vllm-gb10 != null
-        ) "--set-default SPARK_LLM_ENGINE__PYTHON ${vllm-gb10}/bin/python"
-      }
+      makeWrapper "$out/libexec/${name}" "$out/bin/${name}" ${toString wrapperFlags}
     '';
+
+  wrapperFlags = [
+    # For NVML: the loader of nixpkgs' glibc reads no ld.so.cache, so a bare dlopen finds nothing of the driver's.
+    "--prefix LD_LIBRARY_PATH : ${sparkPins.driverLib}"
+  ]
+  ++ lib.optionals (vllm-gb10 != null) [
+    "--set-default SPARK_LLM_ENGINE__PYTHON ${vllm-gb10}/bin/python"
+  ];
 
   mkWheel = callPackage ../wheel {
     sparkPins = sparkPins // {

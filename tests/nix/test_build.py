@@ -148,6 +148,66 @@ def test_service_names_its_engine() -> None:
     assert f"--set-default SPARK_LLM_ENGINE__PYTHON {engine}/bin/python" in script
 
 
+NVML = """
+int nvmlInit_v2(void) { return 0; }
+int nvmlShutdown(void) { return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **device) { return 0; }
+int nvmlDeviceGetPowerUsage(void *device, unsigned *milliwatts) { *milliwatts = 42000; return 0; }
+"""
+
+
+def test_service_finds_the_drivers_management_library() -> None:
+    """The packaged service reads the GPU's power from the driver's folder, which no loader cache names."""
+    driver = f"""(final: prev: {{
+        sparkPins = prev.sparkPins // {{
+          driverLib = final.runCommand "driver" {{ }} ''
+            mkdir $out
+            gcc -shared -fPIC -o $out/libnvidia-ml.so.1 ${{builtins.toFile "nvml.c" {json.dumps(NVML)}}}
+          '';
+        }};
+      }})"""
+    script = """
+      # Python imports it before the program.
+      echo 'from spark_llm import host; print(host.gpu_power_w())' >sitecustomize.py
+      PYTHONPATH=$PWD ${service}/bin/spark-llm --version >$out"""
+    expression = f"(let service = {APPLIANCE}; in pkgs.runCommand \"power\" {{ }} ''{script}'')"
+    overlay = f"[ overlay {driver} ]"
+    asked = run_nix(
+        *("build", "--no-link", "--print-out-paths"),
+        *overlaid("x86_64-linux", expression, overlays=overlay),
+    )
+    assert "42.0" in store_path(asked.splitlines()[-1]).read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("mounted", "found"),
+    [("toolkit", "toolkit"), ("driver toolkit", "driver"), ("", "driver")],
+    ids=["in a container", "on the host", "nowhere"],
+)
+def test_triton_links_with_the_driver_that_is_there(mounted: str, found: str) -> None:
+    """The engine's wrapper names the folder that has libcuda, ours first, as `-l:libcuda.so.1` wants it."""
+    script = f"""
+      mkdir -p $out/libexec $out/${{pkgs.sparkPins.sitePackages}} driver toolkit
+      for folder in {mounted}; do touch $folder/libcuda.so.1; done
+      for program in vllm python3.12; do
+        printf '#!/bin/sh\necho "$TRITON_LIBCUDA_PATH" "$LD_LIBRARY_PATH"\n' >$out/libexec/$program
+        chmod +x $out/libexec/$program
+      done
+      # The wrapper's own text, without the gigabytes that it names.
+      ${{builtins.replaceStrings
+        [ pkgs.sparkPins.driverLib ]
+        [ "$PWD/driver" ]
+        (builtins.unsafeDiscardStringContext pkgs.vllm-gb10.postFixup)}}
+      LD_LIBRARY_PATH=$PWD/absent:$PWD/toolkit $out/bin/python3 >$out/said"""
+    expression = (
+        '(pkgs.runCommand "wrapped" { nativeBuildInputs = [ pkgs.makeWrapper pkgs.python312 ]; } '
+        f"''{script}'')"
+    )
+    folder, path = (build("x86_64-linux", expression) / "said").read_text().split()
+    assert Path(folder).name == found
+    assert [Path(each).name for each in path.split(":")] == ["driver", "absent", "toolkit"]
+
+
 def test_units_have_store_paths() -> None:
     """Every unit of appliance/units is rendered without a placeholder left, starting store programs."""
     at = tree()
