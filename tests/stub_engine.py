@@ -41,6 +41,7 @@ class Stub:
         headers: headers of the last request.
         aborted: set when a client's connection was closed before its answer ended.
         proceed: answers to ``held`` wait for it, streams after their first event.
+        canary: how it answers now, where the fault is ``canary:FILE``: what the file says, ``wrong`` or ``error``.
         flooded: events of 60 kB that ``flood`` has written so far, of ``FLOOD_EVENTS``.
         iterations: of the fake scheduler; does not move while ``frozen``, once a second while ``crawling``.
         started: when it began, on the monotonic clock.
@@ -48,6 +49,7 @@ class Stub:
 
     def __init__(self, fault: str = "") -> None:
         self.fault = fault
+        self.canary = ""
         self.running = 0
         self.seen: list[dict[str, object]] = []
         self.headers: list[tuple[str, str]] = []
@@ -98,6 +100,8 @@ class Stub:
         self.seen.append(body)
         self.headers = list(request.headers.items())
         self.running += 1
+        if self.fault.startswith("canary:"):
+            self.canary = _content(self.fault.partition(":")[2])
         if self.fault.endswith("-in-canary"):
             await self._fail_in_canary()
         try:
@@ -123,6 +127,8 @@ class Stub:
             return web.json_response({"error": {"message": "no such model"}}, status=404)
         if model == "die":
             os._exit(0)
+        if self.canary == "error":
+            raise web.HTTPInternalServerError
         if not stream:
             if model == "held":
                 await self.proceed.wait()
@@ -161,10 +167,14 @@ class Stub:
         return response
 
     def _message(self, model: str) -> dict[str, object]:
-        wrong = self.fault == "wrong-canary"
+        wrong = "wrong" in {self.fault.removesuffix("-canary"), self.canary}
         finish = "abort" if model == "abort" else "stop"
         message = {"role": "assistant", "content": "" if wrong else "hello"}
         return {"choices": [{"message": message, "finish_reason": finish}], "usage": {}}
+
+
+def _content(path: str) -> str:
+    return Path(path).read_text()
 
 
 def _dump(value: object) -> str:

@@ -250,6 +250,37 @@ def test_wrong_canary_is_never_ready(short_path: Path) -> None:
         assert "ready after" not in running.text()
 
 
+def test_canary_on_demand_closes_and_opens_the_door(short_path: Path) -> None:
+    """A wrong answer turns requests away, no answer changes nothing but is told, a right one lets them in again."""
+    answer = short_path / "answer"
+    answer.write_text("")
+    with stub_service(short_path, f"canary:{answer}") as running:
+        running.listening()
+        ready = running.wait_state("ready")
+
+        def ask(how: str) -> tuple[int, str, str]:
+            answer.write_text(how)
+            code, body = running.post("/api/v1/canary", {})
+            return code, body.get("reason") or body.get("error", {}).get("code", ""), state()
+
+        def state() -> str:
+            now = running.status()
+            assert (now["phase"], now["percent"]) == ("", 100)
+            assert bool(now["proven"]) == (now["state"] == "ready")
+            assert running.get("/readyz")[0] == (200 if now["state"] == "ready" else 503)
+            code, body = running.post(CHAT, {"model": "x"})
+            if now["state"] == "degraded":
+                assert (code, body["error"]["code"]) == (503, "canary")
+            return str(now["state"])
+
+        assert ask("error") == (503, "timeout", "ready")
+        assert ask("wrong") == (503, "canary", "degraded")
+        assert ask("error") == (503, "timeout", "degraded")
+        assert ask("") == (200, "", "ready")
+        assert ask("") == (200, "", "ready")
+        assert running.status()["run_id"] == ready["run_id"]
+
+
 @pytest.mark.parametrize("fault", ["reset-in-canary", "error-in-canary"])
 def test_engine_that_dies_of_the_canary(short_path: Path, fault: str) -> None:
     """An engine that dies during the canary is told by its own cause and started again: its tokens were not wrong."""

@@ -11,11 +11,12 @@ from spark_llm import policy
 from spark_llm.argv import served_names
 from spark_llm.caches import Namespace
 from spark_llm.config import Settings
+from spark_llm.door import Door
 from spark_llm.errors import SparkLlmError
 from spark_llm.folders import Folders
 from spark_llm.gateway.queue import AdmissionQueue
 from spark_llm.gateway.reply import Reply
-from spark_llm.gateway.upstream import Upstream
+from spark_llm.gateway.upstream import Upstream, UpstreamError
 from spark_llm.high_water import HighWater, Recording
 from spark_llm.prepare import Preparation
 from spark_llm.profile import Profile
@@ -24,9 +25,10 @@ from spark_llm.reason import Reason
 from spark_llm.run import EngineFailedError, EngineRun
 from spark_llm.starts import Starts
 from spark_llm.status import SERVING, TERMINAL, State, StatusBoard
-from spark_llm.watchman import Level
 
 _TICK_S = 1.0
+_CANARY_TIMEOUT_S = 180.0
+"""On demand, behind whatever else the engine has to do."""
 _NO_ENGINE: dict[str, Any] = {
     "engine_pid": None,
     "run_id": "",
@@ -75,6 +77,7 @@ class Keeper:
         self.admitted = asyncio.Event()
         self.settled = asyncio.Event()
         self.waiting_to_load = 0
+        self._door = Door(board, queue)
         self._settings = settings
         self._tick = tick
         self._promises = promises
@@ -220,16 +223,24 @@ class Keeper:
         """Prove the running engine's tokens again, on demand.
 
         Raises:
-            Reply: it is not ready.
-            EngineFailedError: the answer is wrong; the engine is no longer called ready.
+            Reply: it is not ready, or did not answer, which proves nothing and changes nothing.
+            EngineFailedError: the answer is wrong; nobody is let in until it is right.
         """
         self.upstream()
-        assert self.run is not None  # noqa: S101  upstream() said so
+        run = self.run
+        assert run is not None  # noqa: S101  upstream() said so
         try:
-            return await self.run.prove()
+            text = await run.ask_canary(_CANARY_TIMEOUT_S)
+        except (UpstreamError, TimeoutError) as error:
+            message = f"the canary got no answer: {str(error) or 'timeout'}; nothing has changed"
+            raise Reply(503, Reason.TIMEOUT, message, retry_after_s=60) from error
         except EngineFailedError as error:
-            self.board.enter(State.DEGRADED, error.reason, error.message, proven="")
+            if self.run is run:
+                self._door.on_canary(error.message)
             raise
+        if self.run is run:
+            self._door.on_canary("")
+        return text
 
     def _give_up(self) -> None:
         """Nothing more is to be expected of it: others need not wait, nor leave its memory free."""
@@ -281,7 +292,7 @@ class Keeper:
             prepared,
             self.board,
             self._tick,
-            self._on_memory,
+            self._door.on_memory,
             self._on_weight,
         )
         self._recording = Recording(self._high_water, self.profile, prepared.memory_build)
@@ -303,8 +314,7 @@ class Keeper:
                 restarts=len(self._failures),
                 restarts_left=self._settings.engine.restart_budget - len(self._failures),
             )
-            self.queue.open()
-            self._on_memory(self.run.memory)  # an alarm during the load counts now
+            self._door.open(self.run.memory)
             self.settled.set()
             await self.run.weigh()
             await self.run.watch()
@@ -313,22 +323,6 @@ class Keeper:
             await self.run.kill()
             self._promises.took(self.profile.name, 0)
             raise
-
-    def _on_memory(self, level: Level) -> None:
-        """The guard has spoken: a soft alarm closes the door until memory is back."""
-        if self.state not in SERVING:
-            return
-        if level is Level.SOFT:
-            self.queue.close(Reason.MEMORY)
-            self.board.enter(
-                State.DEGRADED,
-                Reason.MEMORY,
-                "memory is low; no new requests are taken",
-                percent=100,
-            )
-        elif level is Level.OK and self.board.now.reason is Reason.MEMORY:
-            self.queue.open()
-            self.board.enter(State.READY, message="memory is back", percent=100)
 
     async def _on_weight(self) -> None:
         """The engine was weighed: keep the account of what it may still take, and its high-water mark."""

@@ -16,6 +16,7 @@ _SENTENCES = {
     Reason.DEADLINE: "no place came free in time",
     Reason.DRAINING: "the service is draining",
     Reason.MEMORY: "memory is low; no new requests are taken",
+    Reason.CANARY: "the engine answered the canary wrongly; no new requests are taken",
 }
 
 
