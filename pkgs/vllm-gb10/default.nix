@@ -63,13 +63,15 @@ let
     };
   };
 
-  # Triton links what it compiles with -l:libcuda.so.1 from this one folder (triton/backends/nvidia/driver.py,
-  # libcuda_dirs; unset, it asks /sbin/ldconfig). In a container the driver is where the container toolkit mounts it.
+  # What is compiled at run time is linked with the driver, which in a container is where the container toolkit mounts
+  # it. Triton takes -l:libcuda.so.1 from this one folder (triton/backends/nvidia/driver.py, libcuda_dirs; unset, it asks
+  # /sbin/ldconfig). FlashInfer takes -lcuda from cuda-toolkit's stubs (flashinfer/jit/cpp_ext.py), which point to
+  # driverLib; gcc looks in LIBRARY_PATH after them, and the toolkit makes a libcuda.so (its hook create-symlinks).
   findLibcuda = ''
     IFS=: read -ra folders <<<"$LD_LIBRARY_PATH"
     for folder in "''${folders[@]}"; do
       if [ -e "$folder/libcuda.so.1" ]; then
-        export TRITON_LIBCUDA_PATH=$folder
+        export TRITON_LIBCUDA_PATH=$folder LIBRARY_PATH=$folder''${LIBRARY_PATH:+:$LIBRARY_PATH}
         break
       fi
     done

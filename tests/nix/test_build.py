@@ -184,13 +184,13 @@ def test_service_finds_the_drivers_management_library() -> None:
     [("toolkit", "toolkit"), ("driver toolkit", "driver"), ("", "driver")],
     ids=["in a container", "on the host", "nowhere"],
 )
-def test_triton_links_with_the_driver_that_is_there(mounted: str, found: str) -> None:
-    """The engine's wrapper names the folder that has libcuda, ours first, as `-l:libcuda.so.1` wants it."""
+def test_engine_links_with_the_driver_that_is_there(mounted: str, found: str) -> None:
+    """The engine's wrapper names the folder that has libcuda, ours first, to Triton (`-l:libcuda.so.1`) and to gcc."""
     script = f"""
       mkdir -p $out/libexec $out/${{pkgs.sparkPins.sitePackages}} driver toolkit
       for folder in {mounted}; do touch $folder/libcuda.so.1; done
       for program in vllm python3.12; do
-        printf '#!/bin/sh\necho "$TRITON_LIBCUDA_PATH" "$LD_LIBRARY_PATH"\n' >$out/libexec/$program
+        printf '#!/bin/sh\necho "$TRITON_LIBCUDA_PATH" "$LD_LIBRARY_PATH" "$LIBRARY_PATH"\n' >$out/libexec/$program
         chmod +x $out/libexec/$program
       done
       # The wrapper's own text, without the gigabytes that it names.
@@ -203,8 +203,9 @@ def test_triton_links_with_the_driver_that_is_there(mounted: str, found: str) ->
         '(pkgs.runCommand "wrapped" { nativeBuildInputs = [ pkgs.makeWrapper pkgs.python312 ]; } '
         f"''{script}'')"
     )
-    folder, path = (build("x86_64-linux", expression) / "said").read_text().split()
+    folder, path, *gcc = (build("x86_64-linux", expression) / "said").read_text().split()
     assert Path(folder).name == found
+    assert gcc == ([folder] if mounted else [])
     assert [Path(each).name for each in path.split(":")] == ["driver", "absent", "toolkit"]
 
 
