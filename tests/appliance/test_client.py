@@ -116,6 +116,17 @@ def test_key_goes_to_the_service_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not overheard
 
 
+def test_key_is_never_sent_in_clear_to_a_service_with_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where TLS is configured, nothing of a request goes out before the handshake."""
+    monkeypatch.setenv("SPARK_LLM_API_KEY", "sk-spark-secret")
+    with program(answer("200 OK", {"state": "ready"})) as (settings, heard):
+        gateway = settings.gateway.model_copy(update={"tls_certificate": "cert.pem"})
+        with pytest.raises(SparkLlmError):
+            client.ask(Settings(gateway=gateway), "/api/v1/status", "state")
+    assert heard
+    assert all(sent[0] == 0x16 and b"secret" not in sent for sent in heard)  # ClientHello
+
+
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED)
 def test_missing_key_says_what_to_do(asked: Callable[[Settings], object]) -> None:
     """Where the service wants a key, the error names the variable that it is taken from."""

@@ -36,17 +36,20 @@ def ask(settings: Settings, path: str, key: str, body: object = None) -> dict[st
     """
     host, port = _client_host(settings.gateway.host), settings.gateway.port
     place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def plain() -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(host, port, _TIMEOUT_S)
+
+    def encrypted() -> http.client.HTTPConnection:
+        return http.client.HTTPSConnection(host, port, timeout=_TIMEOUT_S, context=_trust(settings))
+
     try:
         try:
-            code, sent = _exchange(http.client.HTTPConnection(host, port, _TIMEOUT_S), path, body)
+            first = encrypted if settings.gateway.tls_certificate else plain
+            code, sent = _exchange(first(), path, body)
         except (http.client.BadStatusLine, ConnectionResetError):
             # What answers there speaks TLS: the credential that says so is readable by the service alone.
-            trust = _trust(settings)
-            code, sent = _exchange(
-                http.client.HTTPSConnection(host, port, timeout=_TIMEOUT_S, context=trust),
-                path,
-                body,
-            )
+            code, sent = _exchange(encrypted(), path, body)
     except (OSError, http.client.HTTPException) as error:
         raise _no_answer(error, place) from error
     answer = _json(sent)

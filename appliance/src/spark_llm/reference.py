@@ -91,6 +91,8 @@ def page() -> str:
             "",
             *_shipped(profiles),
             "",
+            "A profile for two nodes is data for later: this version serves from one machine and refuses it (`peers`).",
+            "",
             "## Your own",
             "",
             "Put a file into `/etc/spark-llm/profiles/`. It takes the place of a shipped one of the same name, or",
