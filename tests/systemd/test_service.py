@@ -368,6 +368,20 @@ def test_open_port_does_not_open_the_engines_network(on_a_network: Container) ->
     assert set(allowed.split()) == {"127.0.0.0/8", "::1/128"}
 
 
+def test_ready_unit_asks_the_configured_address(on_a_network: Container) -> None:
+    """Where the gateway listens on one address of a network, the ready unit reaches it there, and hears the cause."""
+    on_a_network.systemctl("start", "spark-llm.service")
+    on_a_network.wait(
+        lambda: on_a_network.http("/readyz", url=f"http://{OUTSIDE}:8000")[1]["state"] == "blocked"
+    )
+    cursor = on_a_network.cursor()
+    on_a_network.systemctl("start", "spark-llm-ready.service", check=False, timeout=30)
+    said = [
+        e["MESSAGE"] for e in on_a_network.journal("-u", "spark-llm-ready.service", after=cursor)
+    ]
+    assert any("engine_missing" in line for line in said)
+
+
 def test_network_without_a_key_is_refused(on_a_network: Container) -> None:
     """An address that systemd opened to a network is refused without API keys, just as one opened by the service."""
     text = on_a_network.run("cat", CONFIG).stdout
