@@ -230,6 +230,8 @@ def test_unknown_rate_admits() -> None:
     queue.admit(0)
     offer(queue, "b", timeout_s=0.001)
     assert queue.retry_after_s("a", 0) == 7, "the queue's own limit stands in for a measurement"
+    queue.limits = Limits(max_running=1, queue_timeout_s=600)
+    assert queue.retry_after_s("a", 0) == 60, "or a minute: ten would be a guess that costs much"
 
 
 def test_waiting_ends_at_the_deadline() -> None:

@@ -5,8 +5,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from spark_llm import reload
 from spark_llm.admission import Limits
-from spark_llm.config import Models, Settings
+from spark_llm.config import Gateway, Models, Settings
 from spark_llm.controller import Controller
 from spark_llm.folders import Folders
 from spark_llm.gateway.reply import Reply
@@ -27,9 +28,9 @@ class _Settled(Keeper):
         self.settled.set()
 
 
-def _profile(name: str) -> Profile:
+def _profile(name: str, sequences: int = 64) -> Profile:
     demo = load_profile("demo", (shipped_folder(),))
-    return demo.model_copy(update={"name": name, "aliases": ()})
+    return demo.model_copy(update={"name": name, "aliases": (), "max_num_seqs": sequences})
 
 
 def _controller(folder: Path, models: Models | None = None) -> Controller:
@@ -144,3 +145,46 @@ async def test_request_does_not_read_profiles(
     assert (await controller.load("c")).profile.name == "first"
     controller.read_profiles()
     assert (await controller.load("c")).profile.name == "c"
+
+
+async def _running_of_many(keeper: Keeper) -> int:
+    """How many of twenty requests the keeper lets to its engine."""
+    ended = asyncio.Event()
+
+    async def ask() -> None:
+        async with keeper.queue.place(""):
+            await ended.wait()
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(20):
+            group.create_task(ask())
+        while keeper.queue.running + keeper.queue.waiting < 20:
+            await asyncio.sleep(0)
+        running = keeper.queue.running
+        ended.set()
+    return running
+
+
+async def test_places_are_those_of_each_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each engine gets the sequences of its own profile and two more, after a switch and a reload, too."""
+    monkeypatch.setattr("spark_llm.controller.Keeper", _Settled)
+    (tmp_path / "eight.toml").write_text('extends = "demo"\nmax_num_seqs = 8\n')
+    controller = _controller(tmp_path)
+    controller.primary = controller._keeper(_profile("first", sequences=4))
+    controller.others["other"] = controller._keeper(_profile("other", sequences=2))
+    controller.set_limits(reload.limits(Settings()))
+    assert [await _running_of_many(keeper) for keeper in controller.keepers()] == [6, 4]
+    controller.switch("eight")
+    await controller.primary.settled.wait()
+    assert controller._switching is not None
+    await controller._switching
+    assert [await _running_of_many(keeper) for keeper in controller.keepers()] == [10, 4]
+
+
+@pytest.mark.parametrize(("max_running", "places"), [(0, 6), (3, 3), (256, 6)])
+def test_owner_can_lower_the_places(max_running: int, places: int) -> None:
+    """gateway.max_running counts where it is lower than what the engine takes, and 0 leaves it to the engine."""
+    settings = Settings(gateway=Gateway(max_running=max_running))
+    assert reload.limits(settings).for_engine(4).max_running == places

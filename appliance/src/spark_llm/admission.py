@@ -7,7 +7,7 @@ are one client.
 """
 
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from math import ceil, inf
 
@@ -15,6 +15,14 @@ from spark_llm.reason import Reason
 
 _MEASURED = 64
 """Ended requests that the expected wait is taken from."""
+HEAD_START = 2
+"""Requests at the engine beyond the sequences it decodes together, so that none of those stands empty for a round trip.
+
+The engine takes those that wait there by arrival, not by key, so each is a wait for the other keys. Measured with 4
+sequences and requests of 50 ms: with none, 5 % fewer requests a second than with 252; with one, as many; the second is
+for two sequences that end in the same step.
+"""
+_UNMEASURED_S = 60.0
 MEMORY_AT_LEAST_S = 5
 """Low memory lasts at least this long, in seconds: the guard waits for as much calm before it ends the alarm."""
 
@@ -35,7 +43,11 @@ class Limits:
     max_queue: int = 256
     max_running_per_key: int = 0
     max_queue_per_key: int = 0
-    queue_timeout_s: float = 60.0
+    queue_timeout_s: float = 600.0
+
+    def for_engine(self, sequences: int) -> "Limits":
+        """These limits for an engine that decodes ``sequences`` together: what is more would wait there, unfairly."""
+        return replace(self, max_running=min(self.max_running, sequences + HEAD_START))
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,11 +253,11 @@ class Admission:
     def retry_after_s(self, key: str, now: float) -> int:
         """For the ``Retry-After`` header of a request of ``key``, in whole seconds, at most 10 min.
 
-        The expected wait, else the queue's limit; at least 1 s, and 5 s while memory is low.
+        The expected wait, else the queue's limit or a minute; at least 1 s, and 5 s while memory is low.
         """
         expected = self.expected_wait_s(key, now)
         if expected is None:
-            expected = self.limits.queue_timeout_s
+            expected = min(self.limits.queue_timeout_s, _UNMEASURED_S)
         at_least = MEMORY_AT_LEAST_S if self.closed is Reason.MEMORY else 1
         return min(max(ceil(expected), at_least), 600)
 

@@ -53,9 +53,11 @@ class Gateway(_Section):
             nginx's ``send_timeout``.
         keep_alive_s: how long a connection without a request stays open, in seconds; longer than reverse proxies keep
             theirs by default (nginx 60, Traefik 90, Caddy 120), or they send a request into one that is being closed.
-        max_running: requests handed to the engine at once.
-        max_queue: requests that wait for one of those places; one more is answered 429.
-        queue_timeout_s: longest wait for a place, in seconds.
+        max_running: requests handed to an engine at once; 0, or more than that, is its profile's ``max_num_seqs`` and 2
+            to follow on. Those wait at the engine by arrival, all others here, fair by key.
+        max_queue: requests that wait for one of those places; one more is answered 429, or takes the place of the
+            newest of the key that has most waiting, if its own key has fewer.
+        queue_timeout_s: longest wait for a place, in seconds; less for a client that says how long it waits itself.
         tls_certificate: PEM file with the certificate and its chain; empty takes the systemd credential
             ``tls-certificate``, and without one the gateway speaks plain HTTP.
         tls_key: PEM file with its key, without a passphrase; empty takes the systemd credential ``tls-key``.
@@ -70,9 +72,9 @@ class Gateway(_Section):
     header_timeout_s: Seconds = 30.0
     send_timeout_s: Seconds = 60.0
     keep_alive_s: Annotated[int, Field(ge=1)] = 150
-    max_running: Annotated[int, Field(ge=1)] = 256
+    max_running: Annotated[int, Field(ge=0)] = 0
     max_queue: Annotated[int, Field(ge=0)] = 256
-    queue_timeout_s: Seconds = 60.0
+    queue_timeout_s: Seconds = 600.0
     tls_certificate: str = ""
     tls_key: str = ""
 
@@ -176,7 +178,7 @@ class Memory(_Section):
 
 
 class Admission(_Section):
-    """How the requests of one key are held back for the others'; see also ``[gateway]``.
+    """How the requests of one key are held back for the others'; requests without a key share one. See ``[gateway]``.
 
     Attributes:
         max_running_per_key: requests of one key at the engine at once; 0 for no limit of its own.

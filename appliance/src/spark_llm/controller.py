@@ -113,7 +113,7 @@ class Controller:
         """New admission limits for all engines."""
         self._limits = limits
         for keeper in self.keepers():
-            keeper.queue.set_limits(limits)
+            keeper.queue.set_limits(limits.for_engine(keeper.profile.max_num_seqs))
 
     def read_profiles(self) -> None:
         """Take up the profiles that can be loaded on demand; a request must not wait for all their files."""
@@ -348,7 +348,7 @@ class Controller:
             profile,
             self.folders,
             board or StatusBoard(self._bus, Status()),
-            AdmissionQueue(self._limits),
+            AdmissionQueue(self._limits.for_engine(profile.max_num_seqs)),
             self._tick,
             self._promises,
             # One at a time: while an engine stops, its memory is still to come back.

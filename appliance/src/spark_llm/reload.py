@@ -3,6 +3,7 @@
 import logging
 import os
 import ssl
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,10 +81,10 @@ def applied(running: Settings, wanted: Settings) -> Settings:
 
 
 def limits(settings: Settings) -> Limits:
-    """Admission's limits as configured."""
+    """Admission's limits as configured, before :meth:`Limits.for_engine`."""
     gateway = settings.gateway
     return Limits(
-        max_running=gateway.max_running,
+        max_running=gateway.max_running or sys.maxsize,  # Limits.for_engine sets the bound then
         max_queue=gateway.max_queue,
         max_running_per_key=settings.admission.max_running_per_key,
         max_queue_per_key=settings.admission.max_queue_per_key,
