@@ -230,6 +230,27 @@ def test_crash_with_code_0_is_a_crash(short_path: Path) -> None:
         wait_for(lambda: running.status()["restarts"] >= 1, 30, running.text)
 
 
+def test_engine_that_nobody_can_guard_is_ended(short_path: Path) -> None:
+    """Where no guard can be started, for want of memory, the engine does not live on without one."""
+    site = short_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "from spark_llm.watchman import Watchman\n"
+        "def fail(_): raise OSError(12, 'Cannot allocate memory')\n"
+        "Watchman._start = fail\n"
+    )
+    with stub_service(short_path, PYTHONPATH=str(site)) as running:
+        running.listening()
+        status = running.wait_state("failed")
+        assert "Cannot allocate memory" in status["message"]
+        controller = f"{running.process.pid}: "
+        wait_for(
+            lambda: all(line.startswith(controller) for line in processes_below(short_path)),
+            30,
+            lambda: f"left: {processes_below(short_path)}",
+        )
+
+
 def test_hang_during_load_is_noticed(short_path: Path) -> None:
     """A load that neither logs, computes nor reads is ended as stalled."""
     settings = {"SPARK_LLM_ENGINE__STALL_TIMEOUT_S": "1.5", "SPARK_LLM_ENGINE__RESTART_BUDGET": "0"}

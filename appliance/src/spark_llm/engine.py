@@ -112,10 +112,14 @@ class EngineProcess:
 
     async def kill(self) -> None:
         """SIGKILL to every process of the group; returns when it is empty."""
+        self.strike()
+        await self.exited.wait()
+
+    def strike(self) -> None:
+        """As :meth:`kill`, but does not wait for the end."""
         self._signal(signal.SIGKILL)
         if self._cgroup is not None:
             cgroup.kill(self._cgroup)
-        await self.exited.wait()
 
     def vitals(self) -> Vitals:
         """What the group has consumed so far."""

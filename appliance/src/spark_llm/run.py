@@ -84,12 +84,16 @@ class EngineRun:
             socket=prepared.socket,
             on_line=self._take_line,
         )
-        self._watchman = Watchman(
-            settings.memory,
-            self._process.pid,
-            prepared.socket.with_suffix(".guard"),
-            on_memory,
-        )
+        try:
+            self._watchman = Watchman(
+                settings.memory,
+                self._process.pid,
+                prepared.socket.with_suffix(".guard"),
+                on_memory,
+            )
+        except BaseException:
+            self._process.strike()  # whoever asked gets no run to stop, and nobody guards it
+            raise
         self._weighing = asyncio.create_task(self._weigh_often(), name="weighing")
         board.progress(run_id=self.id, engine_pid=self._process.pid, phase=self._phase.name)
 
