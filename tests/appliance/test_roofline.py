@@ -7,9 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from spark_llm.architecture import read_architecture
-from spark_llm.ledger import Model
+from spark_llm.kernels import Presence
+from spark_llm.kv_cache import layout
+from spark_llm.ledger import Model, cache_options
 from spark_llm.profile import Profile, Speculative
-from spark_llm.roofline import Achieved, Counters, Step, achieved, expected_share, step
+from spark_llm.roofline import (
+    Achieved,
+    Counters,
+    Step,
+    achieved,
+    expected_share,
+    live_context,
+    step,
+)
 from spark_llm.weights import Part, Weights
 
 GB = 1e9
@@ -143,13 +153,83 @@ def test_padded_experts_are_read_padded() -> None:
     shapes = replace(plain.architecture, quantization="mxfp4", hidden=2880, expert_width=2880)
     padded = replace(plain, architecture=shapes)
     served = profile(backends={"attention": "FLASHINFER", "linear": "marlin", "moe": "marlin"})
-    ratio = step(served, padded).experts / step(served, plain).experts
+    ratio = step(served, padded, context=0).experts / step(served, plain, context=0).experts
     assert ratio == pytest.approx(3072 * 2944 / 2880**2)
+
+
+WINDOW = Model(
+    read_architecture(
+        {
+            "model_type": "gpt_oss",
+            "num_hidden_layers": 2,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 128,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "hidden_size": 512,
+        }
+    ),
+    Weights(()),
+)
+GB10 = Presence.GB10
+
+
+def test_our_kernels_read_less() -> None:
+    """With bf16x the coded part of the body is read at 12.06 of 16 bits, with the screened head the head at half."""
+    plain = qwen27(BF16, BF16)
+    coded = int(GDN * BF16)
+    model = replace(plain, weights=replace(plain.weights, coded=coded))
+    without = step(profile(), model, context=1024)
+    ours = step(profile(), model, context=1024, presence=GB10)
+    assert without.body - ours.body == pytest.approx(coded * (1 - 12.0625 / 16))
+    assert ours.lm_head == VOCABULARY * (H + 16 + 8)
+    assert ours.total / without.total == pytest.approx(0.84, abs=0.01)
+    off = profile(environment={"SPARK_KERNELS": "off"})
+    assert step(off, model, context=1024, presence=GB10) == without
+
+
+def test_head_is_whole_where_it_is_not_screened() -> None:
+    """Verified drafts, more than 16 sequences, a quantised head and the switch leave the head as it is."""
+    model = qwen27(BF16, BF16)
+    whole = step(profile(), model, context=1024).lm_head
+    drafting = profile(speculative={"method": "ngram", "tokens": 2})
+    without = profile(environment={"SPARK_KERNELS": "-lm_head"})
+    assert step(drafting, model, context=1024, presence=GB10).lm_head == whole
+    assert step(without, model, context=1024, presence=GB10).lm_head == whole
+    assert step(profile(), model, context=1024, sequences=17, presence=GB10).lm_head == whole
+    packed = qwen27(BF16, NVFP4)
+    assert (
+        step(profile(), packed, context=0, presence=GB10).lm_head
+        == step(profile(), packed, context=0).lm_head
+    )
+
+
+def test_dense_part_of_a_draft_is_read_whole() -> None:
+    """Of an MTP module only the experts that the pass's tokens pick are left out."""
+    plain = qwen80(BF16, BF16)
+    parts = (*plain.weights.parts, (Part.DRAFT, 10**8), (Part.DRAFT_EXPERTS, 10**9))
+    model = replace(plain, weights=Weights(parts))
+    drafting = profile(speculative={"method": "mtp", "tokens": 2})
+    for sequences in (1, 4):
+        moved = step(drafting, model, context=0, sequences=sequences)
+        touched = 10**9 * expected_share(512, 10, sequences)
+        assert moved.draft == pytest.approx(2 * (10**8 + touched + moved.lm_head))
+
+
+def test_draft_with_a_tied_head_reads_its_own() -> None:
+    """A draft whose embedding is its head does not read its target's."""
+    speculative = {"method": "mtp", "tokens": 4, "model": "org/draft"}
+    tied = replace(QWEN27, tied_embeddings=True)
+    own = Weights(((Part.BODY, 10**8), (Part.EMBEDDING, 10**7)))
+    model = Model(QWEN27, qwen27(BF16, BF16).weights, tied, own)
+    moved = step(profile(speculative=speculative), model, context=0)
+    assert moved.draft == pytest.approx(4 * 1.1e8)
 
 
 def test_limit_of_a_gb10() -> None:
     """At 273 GB/s the 80B's step takes 18.0 ms, so one stream cannot exceed 55.7 tok/s without speculation."""
-    moved = step(profile(), qwen80(BF16, BF16))
+    moved = step(profile(), qwen80(BF16, BF16), context=1024)
     assert 273 * GB / moved.total == pytest.approx(55.7, rel=0.005)
 
 
@@ -157,8 +237,8 @@ def test_verifying_drafts_touches_more_experts() -> None:
     """Three tokens a step reach 29 or so distinct experts a layer instead of ten: 1.65 GB more."""
     speculative = Speculative(method="mtp", tokens=2)
     model = qwen80(BF16, BF16)
-    plain = step(profile(), model)
-    drafted = step(profile().model_copy(update={"speculative": speculative}), model)
+    plain = step(profile(), model, context=1024)
+    drafted = step(profile().model_copy(update={"speculative": speculative}), model, context=1024)
     assert 512 * expected_share(512, 10, 3) == pytest.approx(29.4, abs=0.1)
     assert (drafted.experts - plain.experts) / GB == pytest.approx(1.65, abs=0.02)
     assert drafted.draft == pytest.approx(2 * drafted.lm_head), (
@@ -170,25 +250,13 @@ def test_block_draft_is_one_pass() -> None:
     """A block drafter reads its weights once for all its tokens."""
     speculative = Speculative(method="dflash", tokens=8, model="org/draft")
     draft = Model(QWEN27, qwen27(BF16, BF16).weights, QWEN27, Weights(((Part.BODY, 10**9),)))
-    moved = step(profile().model_copy(update={"speculative": speculative}), draft)
+    moved = step(profile().model_copy(update={"speculative": speculative}), draft, context=1024)
     assert moved.draft == pytest.approx(10**9 + moved.lm_head)
 
 
 def test_window_bounds_the_kv() -> None:
     """Sliding-window layers read no more than their window."""
-    window = read_architecture(
-        {
-            "model_type": "gpt_oss",
-            "num_hidden_layers": 2,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "sliding_window": 128,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "hidden_size": 512,
-        }
-    )
-    moved = step(profile(), Model(window, Weights(())), context=10_000)
+    moved = step(profile(), WINDOW, context=10_000)
     assert moved.kv == 8 * 128 * (128 + 10_000)
 
 
@@ -202,16 +270,59 @@ def test_expected_share_is_a_share(total: int, tokens: float) -> None:
     assert expected_share(total, active, tokens + 1) >= share
 
 
+def used(model: Model, tokens: int, running: int) -> float:
+    """Share of the cache that sequences of ``tokens`` hold while they decode."""
+    cache = replace(layout(model.architecture, cache_options(profile())), in_flight=1)
+    return running * cache.blocks_per_sequence(tokens) / (cache.blocks(2**33) - 1)
+
+
 def test_achieved_share() -> None:
     """Forty steps a second of 4.9 GB are 72 % of 273 GB/s; the sentence says so."""
     model, bandwidth = qwen80(BF16, BF16), 273 * GB
-    before = Counters(at=0, generated=0, iterations=0, running=1, prompt=10)
-    after = Counters(at=10, generated=400, iterations=400, running=1, prompt=10)
+    held = used(model, 1024, 1)
+    before = Counters(at=0, generated=0, iterations=0, running=1, prompt=10, cache_used=held)
+    after = Counters(at=10, generated=400, iterations=400, running=1, prompt=10, cache_used=held)
     result = achieved(before, after, profile(), model, bandwidth)
     assert isinstance(result, Achieved)
-    assert result.share == pytest.approx(40 * step(profile(), model).total / bandwidth)
+    context = live_context(before, after, profile(), model)
+    moved = step(profile(), model, context=context)
+    assert result.share == pytest.approx(40 * moved.total / bandwidth)
     assert result.limit == pytest.approx(55.7, rel=0.005)
     assert str(result) == "40.0 tok/s, 72 % of what this memory allows"
+
+
+@pytest.mark.parametrize("tokens", [2000, 20_000, 32_000])
+@pytest.mark.parametrize("name", ["27B", "80B", "window"])
+def test_context_is_read_from_the_cache(name: str, tokens: int) -> None:
+    """The mean length of the running sequences follows from the blocks they hold, up to the profile's context."""
+    model = {"27B": qwen27(BF16, BF16), "80B": qwen80(BF16, BF16), "window": WINDOW}[name]
+    block = max(
+        group.block_size for group in layout(model.architecture, cache_options(profile())).groups
+    )
+    one, three = (
+        Counters(0, 0, 0, running=running, prompt=0, cache_used=used(model, tokens, running))
+        for running in (1, 3)
+    )
+    assert tokens <= live_context(one, three, profile(), model) < tokens + block
+    full = replace(one, cache_used=1.0)
+    assert live_context(full, full, profile(), model) == profile().context
+    idle = replace(one, running=0, cache_used=0.0)
+    assert live_context(idle, idle, profile(), model) == 0
+
+
+def test_long_contexts_lower_the_limit() -> None:
+    """Of eight long sequences the cache is read too, so the same steps a second are more of the bandwidth."""
+    model = qwen27(BF16, BF16)
+    shares = []
+    for tokens in (1024, 32_000):
+        held = used(model, tokens, 8)
+        before = Counters(0, 0, 0, running=8, prompt=0, cache_used=held)
+        after = Counters(10, 400, 50, running=8, prompt=0, cache_used=held)
+        result = achieved(before, after, profile(), model, 273 * GB)
+        assert result is not None
+        shares.append(result.share)
+    more = 8 * 16 * 4 * 512 * (32_000 - 1024) * 5 / (273 * GB)
+    assert shares[1] - shares[0] == pytest.approx(more, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +344,6 @@ def test_nothing_to_say(after: Counters) -> None:
 def test_two_nodes_move_half_each() -> None:
     """Each of two machines moves half of a step."""
     model = qwen27(BF16, BF16)
-    alone = step(profile(), model)
-    both = step(profile(nodes=2), model)
+    alone = step(profile(), model, context=1024)
+    both = step(profile(nodes=2), model, context=1024)
     assert both == Step(*(getattr(alone, name) / 2 for name in Step.__dataclass_fields__))

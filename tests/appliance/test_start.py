@@ -125,15 +125,16 @@ vllm:num_requests_running{engine="1",model_name="demo"} 1.0
 vllm:iteration_tokens_total_count{engine="0",model_name="demo"} 24.0
 vllm:generation_tokens_total{engine="0",model_name="demo"} 1e3
 vllm:prompt_tokens_total{engine="0",model_name="demo"} 7.0
+vllm:kv_cache_usage_perc{engine="0",model_name="demo"} 0.25
 """
 
 
 def test_counters_are_read_and_added_up() -> None:
-    """A scrape gives the four numbers, engines added up."""
+    """A scrape gives the five numbers, engines added up."""
     found = parse_counters(SCRAPE, 5.0)
     assert found is not None
     assert (found.at, found.running, found.iterations) == (5.0, 3, 24)
-    assert (found.generated, found.prompt) == (1000, 7)
+    assert (found.generated, found.prompt, found.cache_used) == (1000, 7, 0.25)
 
 
 @pytest.mark.parametrize("text", ["", "vllm:num_requests_running 1", "<html>"])

@@ -20,7 +20,9 @@ NAMES = [
     ("model.layers.3.mlp.shared_expert.up_proj.weight", Part.BODY),
     ("model.layers.3.mlp.gate.weight", Part.BODY),
     ("backbone.layers.3.mixer.experts.7.up_proj.weight", Part.EXPERTS),
-    ("mtp.layers.0.mlp.experts.7.up_proj.weight", Part.DRAFT),
+    ("mtp.layers.0.mlp.experts.7.up_proj.weight", Part.DRAFT_EXPERTS),
+    ("mtp.layers.0.mlp.shared_expert.up_proj.weight", Part.DRAFT),
+    ("mtp.layers.0.self_attn.q_proj.weight", Part.DRAFT),
     ("model.visual.blocks.0.attn.qkv.weight", Part.VISION),
     ("model.vision_tower.encoder.layers.0.weight", Part.VISION),
     ("model.layers.0.self_attn.q_proj.weight", Part.BODY),
@@ -39,13 +41,25 @@ def test_skipped_tensors() -> None:
         [
             Tensor("model.embed_tokens.weight", "BF16", 100),
             Tensor("lm_head.weight", "BF16", 100),
-            Tensor("mtp.fc.weight", "BF16", 10),
+            Tensor("mtp.fc.weight", "BF16", 6),
+            Tensor("mtp.layers.0.mlp.experts.0.up_proj.weight", "BF16", 4),
             Tensor("model.norm.weight", "BF16", 1),
         ]
     )
     assert weights.loaded(draft=False, tied=False) == 201
     assert weights.loaded(draft=False, tied=True) == 101
     assert weights.loaded(draft=True, tied=False) == 211
+
+
+def test_coded_is_of_the_body() -> None:
+    """What bf16x codes is told for the layers that every step reads, not for a draft that may not be loaded."""
+    weights = sum_up(
+        [
+            Tensor("model.layers.0.self_attn.q_proj.weight", "BF16", 100),
+            Tensor("mtp.layers.0.self_attn.q_proj.weight", "BF16", 10),
+        ]
+    )
+    assert weights.coded == 100
 
 
 def test_real_checkpoint(tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ def active(presence: Presence, switches: str) -> frozenset[str]:
 
 _KERNELS = frozenset({LM_HEAD, BF16X, "nvfp4", "rmsnorm_fp4", "tuned"})
 _MIN_ROWS = 65_536  # policy.toml, row lm_head
-_MAX_TOKENS = 16
+MAX_TOKENS = 16
+"""Tokens of one step up to which the LM head is screened."""
 _TOKEN_BYTES = 64  # at least sizeof(Token) of lm_head/kernel.cu
 
 
@@ -59,7 +60,18 @@ def screened_head_bytes(rows: int, width: int) -> int:
     codes, bounds = strips * blocks * 1024, strips * 16 * 4 * 4
     limbs, tokens = 2 * blocks * 64, _TOKEN_BYTES
     logits, listed = 2 * rows * 4, max(256, rows // 16) * 4
-    return codes + bounds + _MAX_TOKENS * (limbs + tokens + logits + listed)
+    return codes + bounds + MAX_TOKENS * (limbs + tokens + logits + listed)
+
+
+def screened_step_bytes(rows: int, width: int, tokens: float) -> float:
+    """What the screened LM head reads in one step, without the few rows that it rescores (``lm_head/README.md``).
+
+    Args:
+        rows: of the vocabulary on this node.
+        width: hidden size.
+        tokens: in the step; above 16 the plugin takes the full head.
+    """
+    return rows * (width + 16 + 8 * tokens)
 
 
 def coded_bytes(rows: int, width: int) -> int:

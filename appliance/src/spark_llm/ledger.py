@@ -155,7 +155,7 @@ def account(
     if model is not None:
         layout = kv_cache.layout(model.architecture, cache_options(profile), model.draft)
         _check_cache(profile, layout)
-    ours = _kernels(profile, machine)
+    ours = own_kernels(profile, machine.kernels)
     weights = _weights(profile, model, extra, ours)
     cache = Line("KV cache", profile.kv_cache_bytes, "the profile's kv_cache_bytes")
     known = (*weights, cache)
@@ -293,10 +293,11 @@ def _check_cache(profile: Profile, layout: kv_cache.Layout) -> None:
         )
 
 
-def _kernels(profile: Profile, machine: Machine) -> frozenset[str]:
+def own_kernels(profile: Profile, presence: Presence) -> frozenset[str]:
+    """Those of our kernels that change what is held or read of the weights, as ``profile`` switches them."""
     if profile.engine is Engine.CPU:
         return frozenset()
-    return kernels.active(machine.kernels, profile.environment.get(kernels.VARIABLE, ""))
+    return kernels.active(presence, profile.environment.get(kernels.VARIABLE, ""))
 
 
 _SCREENED_SOURCE = (
@@ -311,15 +312,18 @@ def _screened(profile: Profile, model: Model | None, ours: frozenset[str]) -> in
     heads = [(model.architecture, model.weights)]
     if model.draft and model.draft_weights:
         heads.append((model.draft, model.draft_weights))
-    total = 0
-    for architecture, weights in heads:
-        plain = architecture.vocabulary * architecture.hidden * DTYPE_BYTES["bfloat16"]
-        tied = architecture.tied_embeddings or not weights.size(Part.LM_HEAD)
-        head = weights.size(Part.EMBEDDING if tied else Part.LM_HEAD)
-        if head >= plain and architecture.dtype == "bfloat16":
-            rows = ceil(architecture.vocabulary / profile.nodes)
-            total += kernels.screened_head_bytes(rows, architecture.hidden)
-    return total
+    return sum(screened_bytes(profile, *head) for head in heads)
+
+
+def screened_bytes(profile: Profile, architecture: Architecture, weights: Weights) -> int:
+    """What screening keeps beside one BF16 head on each node; 0 for a head that cannot be screened."""
+    plain = architecture.vocabulary * architecture.hidden * DTYPE_BYTES["bfloat16"]
+    tied = architecture.tied_embeddings or not weights.size(Part.LM_HEAD)
+    head = weights.size(Part.EMBEDDING if tied else Part.LM_HEAD)
+    if head < plain or architecture.dtype != "bfloat16":
+        return 0
+    rows = ceil(architecture.vocabulary / profile.nodes)
+    return kernels.screened_head_bytes(rows, architecture.hidden)
 
 
 _PADDING_SOURCE = "MXFP4 experts on whole tiles of the kernel (vLLM's oracle/mxfp4.py)"

@@ -5,14 +5,16 @@ per step over bytes per second is therefore the floor of its duration.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from spark_llm.architecture import DTYPE_BYTES, Attention, State
-from spark_llm.kv_cache import bytes_per_head
-from spark_llm.ledger import Model
+from spark_llm import kernels
+from spark_llm.architecture import DTYPE_BYTES, Architecture, Attention, State
+from spark_llm.kernels import Presence
+from spark_llm.kv_cache import bytes_per_head, layout
+from spark_llm.ledger import Model, cache_options, own_kernels, screened_bytes
 from spark_llm.padding import expert_growth
 from spark_llm.profile import Profile
-from spark_llm.weights import Part
+from spark_llm.weights import Part, Weights
 
 
 @dataclass(frozen=True)
@@ -41,32 +43,42 @@ class Step:
         return self.body + self.experts + self.lm_head + self.draft + self.kv + self.state
 
 
-def step(profile: Profile, model: Model, *, sequences: float = 1, context: int = 1024) -> Step:
-    """Bytes of one step.
+def step(
+    profile: Profile,
+    model: Model,
+    *,
+    context: float,
+    sequences: float = 1,
+    presence: Presence = Presence.NONE,
+) -> Step:
+    """Bytes of one step: the least there can be.
+
+    Experts are picked at random. Where our LM head is in the engine, requests are taken to be such as it screens
+    (greedy, or from the top 64 alone); others read the whole head.
 
     Args:
         profile: KV dtype, speculation and nodes.
         model: the served model.
+        context: mean length of the sequences, in tokens.
         sequences: decoded together.
-        context: mean length of them, in tokens.
+        presence: whether the engine has our kernels.
     """
     architecture, weights = model.architecture, model.weights
     drafted = profile.speculative.tokens if profile.speculative else 0
-    head = weights.size(Part.LM_HEAD)
-    if architecture.tied_embeddings or not head:
-        head = weights.size(Part.EMBEDDING)
+    tokens = sequences * (1 + drafted)
+    ours = own_kernels(profile, presence)
+    body = float(weights.size(Part.BODY))
+    if kernels.BF16X in ours:
+        body -= weights.coded * (1 - kernels.CODED_SHARE)
     experts = weights.size(Part.EXPERTS) * expert_growth(
         architecture, profile.backends.moe, profile.nodes
     )
-    if architecture.experts:
-        tokens = sequences * (1 + drafted)
-        experts *= expected_share(architecture.experts.total, architecture.experts.active, tokens)
     share = profile.nodes
     return Step(
-        body=weights.size(Part.BODY) / share,
-        experts=experts / share,
-        lm_head=head / share,
-        draft=drafted * _draft_pass(profile, model, head) / share,
+        body=body / share,
+        experts=experts * _touched(architecture, tokens) / share,
+        lm_head=_screened(profile, model, ours, tokens) or _head(architecture, weights) / share,
+        draft=drafted * _draft_pass(profile, model, sequences) / share,
         kv=sequences * _kv_bytes(profile, model, context) / share,
         state=sequences * _state_bytes(profile, model) / share,
     )
@@ -77,25 +89,50 @@ def expected_share(total: int, active: int, tokens: float) -> float:
     return 1 - math.pow(1 - active / total, tokens)
 
 
-def _draft_pass(profile: Profile, model: Model, head: int) -> float:
+def _touched(architecture: Architecture, tokens: float) -> float:
+    experts = architecture.experts
+    return expected_share(experts.total, experts.active, tokens) if experts else 1.0
+
+
+def _head(architecture: Architecture, weights: Weights) -> int:
+    """Output projection: a tensor of its own, or the embedding."""
+    own = 0 if architecture.tied_embeddings else weights.size(Part.LM_HEAD)
+    return own or weights.size(Part.EMBEDDING)
+
+
+def _screened(profile: Profile, model: Model, ours: frozenset[str], tokens: float) -> float:
+    """What our head reads on one node, 0 where the engine takes the whole one: always where drafts are verified."""
+    if profile.speculative or kernels.LM_HEAD not in ours or tokens > kernels.MAX_TOKENS:
+        return 0
+    architecture = model.architecture
+    if not screened_bytes(profile, architecture, model.weights):
+        return 0
+    rows = math.ceil(architecture.vocabulary / profile.nodes)
+    return kernels.screened_step_bytes(rows, architecture.hidden, tokens)
+
+
+def _draft_pass(profile: Profile, model: Model, sequences: float) -> float:
     speculative = profile.speculative
     if speculative is None or speculative.method == "ngram":
         return 0.0
-    if model.draft_weights is not None:
+    head = _head(model.architecture, model.weights)
+    if model.draft is not None and model.draft_weights is not None:
         own = model.draft_weights
-        body = own.size(Part.BODY) + own.size(Part.EXPERTS) + own.size(Part.DRAFT)
+        body = own.size(Part.BODY) + own.size(Part.DRAFT)
+        routed = own.size(Part.EXPERTS) + own.size(Part.DRAFT_EXPERTS)
+        # Without a head of its own a draft uses its target's, unless its embedding is one.
+        mine = own.size(Part.LM_HEAD) or model.draft.tied_embeddings * own.size(Part.EMBEDDING)
         # Block drafters (DFlash, DSpark) propose all tokens in one pass.
-        passes = 1 / speculative.tokens if speculative.method in {"dflash", "dspark"} else 1.0
-        return passes * (body + (own.size(Part.LM_HEAD) or head))
-    draft = float(model.weights.size(Part.DRAFT))
-    if experts := model.architecture.experts:
-        draft *= experts.active / experts.total
-    return draft + head
+        block = speculative.method in {"dflash", "dspark"}
+        passes, tokens = (1 / speculative.tokens, speculative.tokens) if block else (1.0, 1)
+        return passes * (body + routed * _touched(model.draft, sequences * tokens) + (mine or head))
+    routed = model.weights.size(Part.DRAFT_EXPERTS)
+    return model.weights.size(Part.DRAFT) + routed * _touched(model.architecture, sequences) + head
 
 
-def _kv_bytes(profile: Profile, model: Model, context: int) -> float:
+def _kv_bytes(profile: Profile, model: Model, context: float) -> float:
     element = DTYPE_BYTES.get(model.architecture.dtype, 2)
-    total = 0
+    total = 0.0
     for layer, count in model.architecture.layers:
         if isinstance(layer, Attention):
             seen = min(layer.window, context) if layer.window else context
@@ -128,6 +165,7 @@ class Counters:
         iterations: ``vllm:iteration_tokens_total_count``.
         running: ``vllm:num_requests_running``.
         prompt: ``vllm:prompt_tokens_total``.
+        cache_used: ``vllm:kv_cache_usage_perc``, which is a share, 0 to 1.
     """
 
     at: float
@@ -135,6 +173,7 @@ class Counters:
     iterations: float
     running: float
     prompt: float
+    cache_used: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -158,8 +197,14 @@ class Achieved:
         )
 
 
-def achieved(
-    before: Counters, after: Counters, profile: Profile, model: Model, bandwidth: float
+def achieved(  # noqa: PLR0913  two readings, and what they are judged by
+    before: Counters,
+    after: Counters,
+    profile: Profile,
+    model: Model,
+    bandwidth: float,
+    *,
+    presence: Presence = Presence.NONE,
 ) -> Achieved | None:
     """How near the engine came between two readings.
 
@@ -172,6 +217,7 @@ def achieved(
         profile: as served.
         model: as served.
         bandwidth: of the memory, in bytes per second.
+        presence: whether the engine has our kernels.
     """
     seconds = after.at - before.at
     tokens = after.generated - before.generated
@@ -179,6 +225,29 @@ def achieved(
     if seconds <= 0 or tokens <= 0 or steps <= 0 or after.prompt > before.prompt:
         return None
     sequences = max((before.running + after.running) / 2, 1.0)
-    share = step(profile, model, sequences=sequences).total * steps / seconds / bandwidth
+    context = live_context(before, after, profile, model)
+    moved = step(profile, model, context=context, sequences=sequences, presence=presence)
+    share = moved.total * steps / seconds / bandwidth
     rate = tokens / seconds
     return Achieved(rate, share, rate / share)
+
+
+def live_context(before: Counters, after: Counters, profile: Profile, model: Model) -> int:
+    """Mean length in tokens of the running sequences, from the blocks of the KV cache that they hold.
+
+    Right to a few blocks; a prompt that sequences share is counted once. 0 where none was running.
+    """
+    running = before.running + after.running
+    if running <= 0:
+        return 0
+    cache = layout(model.architecture, cache_options(profile), model.draft)
+    drafted = profile.speculative.tokens if profile.speculative else 0
+    # A sequence that decodes has no more than a step's tokens in flight.
+    decoding = replace(cache, in_flight=1 + drafted)
+    # The share is of all blocks but vLLM's own (block_pool.py, get_usage).
+    each = (
+        (before.cache_used + after.cache_used)
+        / running
+        * (cache.blocks(profile.kv_cache_bytes) - 1)
+    )
+    return decoding.longest((round(each) + 1) * cache.block_bytes, limit=profile.context)

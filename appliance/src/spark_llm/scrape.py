@@ -9,6 +9,7 @@ _NAMES = {
     "vllm:iteration_tokens_total_count": "iterations",
     "vllm:generation_tokens_total": "generated",
     "vllm:prompt_tokens_total": "prompt",
+    "vllm:kv_cache_usage_perc": "cache_used",
 }
 _NEEDED = {"running", "iterations"}
 _LINE = re.compile(

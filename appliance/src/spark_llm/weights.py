@@ -40,10 +40,12 @@ class Part(StrEnum):
     EXPERTS = "experts"
     VISION = "vision"
     DRAFT = "draft"
+    DRAFT_EXPERTS = "draft_experts"
     BODY = "body"
 
 
 _PARTS = (
+    (re.compile(r"(^|\.)(mtp|nextn)(\.|_)(.*\.)?experts\."), Part.DRAFT_EXPERTS),
     (re.compile(r"(^|\.)(mtp|nextn)(\.|_)"), Part.DRAFT),
     (
         re.compile(r"(^|\.)(visual|vision_tower|vision_model|vision_embed\w*|multi_modal\w*)\."),
@@ -58,7 +60,7 @@ _PARTS = (
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes per part of one checkpoint. Attributes: coded: of all of it, what bf16x would code, in bytes."""
+    """Bytes per part of one checkpoint. Attributes: coded: of the body, what bf16x would code, in bytes."""
 
     parts: tuple[tuple[Part, int], ...]
     coded: int = 0
@@ -74,7 +76,7 @@ class Weights:
             draft: the built-in draft (MTP) module is used; else vLLM skips its tensors.
             tied: embedding and LM head are one tensor; a copy in the file is skipped.
         """
-        skipped = set() if draft else {Part.DRAFT}
+        skipped = set() if draft else {Part.DRAFT, Part.DRAFT_EXPERTS}
         if tied and self.size(Part.EMBEDDING):
             skipped.add(Part.LM_HEAD)
         return sum(size for part, size in self.parts if part not in skipped)
@@ -90,8 +92,10 @@ def sum_up(tensors: Iterable[Tensor]) -> Weights:
     sizes = dict.fromkeys(Part, 0)
     coded = 0
     for tensor in tensors:
-        sizes[part_of(tensor.name)] += tensor.size
-        coded += tensor.size if kernels.is_coded(tensor.name, tensor.dtype) else 0
+        part = part_of(tensor.name)
+        sizes[part] += tensor.size
+        if part is Part.BODY and kernels.is_coded(tensor.name, tensor.dtype):
+            coded += tensor.size
     return Weights(tuple(sizes.items()), coded)
 
 
