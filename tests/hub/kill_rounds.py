@@ -16,7 +16,7 @@ from pathlib import Path
 
 from spark_llm import config
 from spark_llm.errors import SparkLlmError
-from spark_llm.store import Request, Store, bundle, hub
+from spark_llm.store import Request, Store, bundle, hub, unbundle
 from spark_llm.store.fetch import Fetch
 from spark_llm.store.hashing import hash_file
 from spark_llm.store.layout import ModelFolder
@@ -97,6 +97,10 @@ def main(endpoint: str, folder: Path, rounds: int, seed: int) -> None:
     def pull() -> object:
         return Fetch(request, lambda _: None, talk).run()
 
+    def import_bundle() -> object:
+        with carried.open("rb") as stream, unbundle.opened(stream, carried.name) as opened:
+            return opened.receive(root, reserve_bytes=0)
+
     began = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -118,7 +122,7 @@ def main(endpoint: str, folder: Path, rounds: int, seed: int) -> None:
         importing = turn % 5 == 0
 
         def work(importing: bool = importing) -> object:
-            return bundle.import_bundle(root, carried, reserve_bytes=0) if importing else pull()
+            return import_bundle() if importing else pull()
 
         done = in_child(work, chance.uniform(0, longest))
         counts["completed" if done else "killed"] += 1

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spark_llm.store import Event, Failure, Note, Progress, Request, Result, Store
+from spark_llm.store import Event, Failure, Note, Progress, Request, Result, Store, unbundle
+from spark_llm.store.receipt import Receipt
 
 from tests.hub.server import LocalHub
 
@@ -55,3 +56,9 @@ class Puller:
     def __call__(self, model: str = MODEL, **changes: object) -> Pulled:
         request = replace(self.request, model=model, **changes)  # type: ignore[arg-type]  # Request's fields
         return Pulled(tuple(self.store.fetch(request)))
+
+
+def import_bundle(root: Path, file: Path, *, reserve_bytes: int = 0, sha256: str = "") -> Receipt:
+    """What the command does with a bundle."""
+    with file.open("rb") as stream, unbundle.opened(stream, file.name, sha256=sha256) as bundle:
+        return bundle.receive(root, reserve_bytes=reserve_bytes)

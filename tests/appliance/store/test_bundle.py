@@ -10,11 +10,11 @@ import pytest
 import zstandard
 from spark_llm.errors import SparkLlmError
 from spark_llm.reason import Reason
-from spark_llm.store import Store
-from spark_llm.store.bundle import check_sha256, export, import_bundle
+from spark_llm.store import Store, unbundle
+from spark_llm.store.bundle import export
 from spark_llm.store.hashing import hash_file
 
-from tests.hub.pulls import FILES, MODEL, Puller
+from tests.hub.pulls import FILES, MODEL, Puller, import_bundle
 
 Members = list[tuple[tarfile.TarInfo, bytes]]
 
@@ -37,7 +37,7 @@ def test_a_bundle_carries_a_model_to_a_machine_without_a_network(
     exported: Path, pull: Puller, other: Store
 ) -> None:
     """What comes out on the other side is verified, found by name and equal."""
-    proof = import_bundle(other.root, exported, reserve_bytes=0)
+    proof = import_bundle(other.root, exported)
     assert other.locate(MODEL) is not None
     assert other.locate(MODEL, proof.commit) == other.locate(MODEL)
     assert other.verify(MODEL, full=True).ok
@@ -48,18 +48,56 @@ def test_a_bundle_carries_a_model_to_a_machine_without_a_network(
 def test_a_bundle_is_the_same_every_time(exported: Path, pull: Puller, tmp_path: Path) -> None:
     """The checksum that export prints can be compared, so the bytes do not depend on the day."""
     export(pull.store, MODEL, "", tmp_path / "again.tar.zst")
+    assert (tmp_path / "again.tar.zst").read_bytes() == exported.read_bytes()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_is_compared_is_what_is_imported(
+    exported: Path, other: Store, tmp_path: Path, *, there: bool
+) -> None:
+    """A file that takes the bundle's place after it was opened changes nothing, and the wrong one stays invisible."""
     digest = hash_file(exported).sha256
-    assert hash_file(tmp_path / "again.tar.zst").sha256 == digest
-    check_sha256(exported, digest)
+    if there:
+        import_bundle(other.root, exported)
+    before = other.models()
+    with (
+        exported.open("rb") as stream,
+        unbundle.opened(stream, "it", sha256="0" * 64) as bundle,
+    ):
+        (tmp_path / "evil").write_bytes(b"evil")
+        (tmp_path / "evil").replace(exported)
+        with pytest.raises(SparkLlmError, match=f"sha256 {digest}") as caught:
+            bundle.receive(other.root, reserve_bytes=0)
+    assert caught.value.reason is Reason.MODEL_CORRUPT
+    assert other.models() == before
+    assert other.commit(MODEL) == (before[0].commit if there else "")
+
+
+def test_the_whole_file_is_compared(exported: Path, other: Store) -> None:
+    """Bytes behind the archive count too, and the checksum may be written in capitals."""
+    digest = hash_file(exported).sha256
+    whole = exported.read_bytes()
+    exported.write_bytes(whole + b"more")
     with pytest.raises(SparkLlmError, match="sha256"):
-        check_sha256(exported, "0" * 64)
+        import_bundle(other.root, exported, sha256=digest)
+    exported.write_bytes(whole)
+    import_bundle(other.root, exported, sha256=digest.upper())
+    assert other.locate(MODEL) is not None
+
+
+def test_a_mistyped_checksum_is_refused_at_once(exported: Path, other: Store) -> None:
+    """Nobody waits for a comparison that cannot succeed."""
+    with pytest.raises(SparkLlmError) as caught:
+        import_bundle(other.root, exported, sha256="1234")
+    assert caught.value.reason is Reason.BAD_REQUEST
+    assert not other.root.exists()
 
 
 def test_importing_twice_changes_nothing(exported: Path, other: Store) -> None:
     """A model that is there stays as it is."""
-    import_bundle(other.root, exported, reserve_bytes=0)
+    import_bundle(other.root, exported)
     first = other.models()
-    import_bundle(other.root, exported, reserve_bytes=0)
+    import_bundle(other.root, exported)
     assert other.models() == first
 
 
@@ -185,10 +223,10 @@ def test_a_bad_bundle_is_refused(
     repack(exported, change)
     before = {path for path in tmp_path.rglob("*") if other.root not in path.parents}
     with pytest.raises(SparkLlmError) as caught:
-        import_bundle(other.root, exported, reserve_bytes=0)
+        import_bundle(other.root, exported)
     assert caught.value.reason is reason
     assert other.models() == []
-    assert {path.name for path in other.root.iterdir()} <= {".locks"}
+    assert {path.name for path in other.root.glob("*")} <= {".locks"}
     assert {path for path in tmp_path.rglob("*") if other.root not in path.parents} - before <= {
         other.root
     }
@@ -200,7 +238,7 @@ def test_a_cut_bundle_is_refused(exported: Path, other: Store, cut: float) -> No
     content = exported.read_bytes()
     exported.write_bytes(content[: int(len(content) * cut)])
     with pytest.raises(SparkLlmError) as caught:
-        import_bundle(other.root, exported, reserve_bytes=0)
+        import_bundle(other.root, exported)
     assert caught.value.reason in (
         Reason.MODEL_CORRUPT,
         Reason.MODEL_UNSAFE,

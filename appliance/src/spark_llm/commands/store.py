@@ -228,7 +228,10 @@ def export_bundle(
 def import_(
     file: Annotated[Path, typer.Argument(help="A bundle that `spark-llm bundle export` wrote.")],
     sha256: Annotated[
-        str, typer.Option(help="The checksum that export printed; checked first.")
+        str,
+        typer.Option(
+            help="The checksum that export printed; compared before the model becomes visible."
+        ),
     ] = "",
     config: Config = None,
 ) -> None:
@@ -236,14 +239,17 @@ def import_(
     from rich.console import Console
 
     from spark_llm.commands.progress_view import byte_bar
-    from spark_llm.store.bundle import check_sha256, import_bundle, read_index
+    from spark_llm.store import unbundle
 
     settings, folders = load_store(config)
-    if sha256:
-        check_sha256(file, sha256)
-    promised = read_index(file)
-    with byte_bar(Console(stderr=True), f"importing {promised.model}", promised.size) as advance:
-        proof = import_bundle(
-            folders.models, file, reserve_bytes=settings.store.reserve_bytes, advance=advance
+    with (
+        unbundle.read(file) as stream,
+        unbundle.opened(stream, str(file), sha256=sha256) as bundle,
+        byte_bar(
+            Console(stderr=True), f"importing {bundle.promised.model}", bundle.promised.size
+        ) as advance,
+    ):
+        proof = bundle.receive(
+            folders.models, reserve_bytes=settings.store.reserve_bytes, advance=advance
         )
     typer.echo(f"{proof.model}@{proof.commit}: {len(proof.files)} files, verified")

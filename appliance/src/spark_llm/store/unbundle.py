@@ -1,0 +1,293 @@
+"""Brings the model of a bundle into the store, and trusts nothing of the bundle.
+
+Names are checked before anything is written, links and devices are refused, no file may be larger than the list says,
+and each is hashed while it is written. Only when all are right does the model become visible.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Any
+
+import zstandard
+
+from spark_llm.errors import ConfigError, RefusedError, SparkLlmError
+from spark_llm.reason import Reason
+from spark_llm.store import durable, plan, snapshots
+from spark_llm.store.bundle import FOLDER, FORMAT, INDEX
+from spark_llm.store.hashing import Digests, Hasher
+from spark_llm.store.layout import Incoming, ModelFolder
+from spark_llm.store.receipt import Receipt, RemoteFile
+from spark_llm.store.stamp import Stamp
+from spark_llm.store.store import Store
+
+_LARGEST_INDEX = 64 * 2**20
+_BLOCK = 4 * 2**20
+
+
+class Bundle:
+    """A bundle that was opened; ``opened`` makes it.
+
+    Attributes:
+        promised: what it says it contains; nothing of it is proved before ``receive`` returns.
+    """
+
+    def __init__(self, tar: tarfile.TarFile, carrier: "_Carrier") -> None:
+        self._tar, self._carrier = tar, carrier
+        self.promised = _index(tar, carrier.name)
+
+    def receive(
+        self, root: Path, *, reserve_bytes: int, advance: Callable[[int], None] = lambda _: None
+    ) -> Receipt:
+        """Bring the model into the store; it becomes visible only when every file is verified. Works once.
+
+        Args:
+            root: the store.
+            reserve_bytes: disk space to leave free, in bytes.
+            advance: called with the bytes of each block.
+
+        Raises:
+            RefusedError: unsafe members, or no disk space.
+            BusyError: the model is being changed.
+            SparkLlmError: its content is not what its list says, or it is another file than was expected.
+        """
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            folder = ModelFolder(root, self.promised.model)
+            with durable.umask_of(root), folder.write_lock.hold("import"):
+                return self._receive(folder, reserve_bytes, advance)
+        except PermissionError as error:
+            raise snapshots.unwritable(root, error) from error
+        except OSError as error:
+            raise RefusedError(
+                f"the import broke off: {error.strerror}",
+                reason=Reason.NO_DISK,
+                hint="Nothing of it is visible.",
+            ) from error
+
+    def _receive(
+        self, folder: ModelFolder, reserve: int, advance: Callable[[int], None]
+    ) -> Receipt:
+        promised, store = self.promised, Store(folder.root)
+        if store.locate(promised.model, promised.commit) is not None:
+            self._carrier.check()
+            snapshots.record(folder, promised.revision, promised.commit)
+            return store.receipt(promised.model, promised.commit)
+        plan.check_disk(
+            promised.model,
+            needed=promised.size,
+            free=shutil.disk_usage(folder.root).free,
+            reserve=reserve,
+        )
+        plan.select(promised.model, promised.files, allow_pickle=True)
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if folder.snapshot(promised.commit).exists():
+            snapshots.unpublish(folder, promised.commit)
+        final = folder.incoming(promised.commit).path
+        incoming = Incoming(final.with_name(f"{durable.TEMPORARY_PREFIX}{promised.commit}"))
+        shutil.rmtree(incoming.path, ignore_errors=True)
+        incoming.path.mkdir(parents=True)
+        try:
+            stamps = self._extract(incoming.path, advance)
+            self._carrier.check()
+            if final.exists():
+                durable.remove_tree(final)
+            incoming.path.rename(final)
+            proof = replace(promised, stamps=stamps, verified_at=time.time())
+            snapshots.record(folder, promised.revision, promised.commit)
+            snapshots.publish(folder, proof)
+        finally:
+            shutil.rmtree(incoming.path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.path.joinpath("incoming").rmdir()
+                folder.path.rmdir()
+        return proof
+
+    def _extract(self, folder: Path, advance: Callable[[int], None]) -> dict[str, Stamp]:
+        expected = {FOLDER + file.path: file for file in self.promised.files}
+        stamps: dict[str, Stamp] = {}
+        with _damaged():
+            while (member := self._tar.next()) is not None:  # iterating would give the index again
+                file = expected.pop(member.name, None)
+                content = _content(self._tar, member)
+                if file is None or content is None or member.size != file.size:
+                    raise _refuse(
+                        f"the bundle holds {member.name!r}, which its list does not allow",
+                        "Do not use it.",
+                    )
+                target = folder / file.path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                digests = _copy(content, target, file.size, advance)
+                if not file.accepts(digests):
+                    raise SparkLlmError(
+                        f"{file.path} in the bundle is damaged",
+                        reason=Reason.MODEL_CORRUPT,
+                        hint="Copy the bundle again.",
+                    )
+                stamps[file.path] = replace(Stamp.of(target), sha256=digests.sha256)
+        if expected:
+            raise SparkLlmError(
+                f"the bundle ends before {min(expected).removeprefix(FOLDER)}",
+                reason=Reason.MODEL_INCOMPLETE,
+                hint="Copy the bundle again.",
+            )
+        return stamps
+
+
+@contextlib.contextmanager
+def opened(stream: IO[bytes], name: str, *, sha256: str = "") -> Iterator[Bundle]:
+    """The bundle in ``stream``, which is read once, from where it is to its end.
+
+    Args:
+        stream: need not be able to seek.
+        name: for messages.
+        sha256: of the whole file, in hex, as export printed it; compared before the model becomes visible. Empty for
+            any.
+
+    Raises:
+        ConfigError: ``sha256`` is not one.
+        SparkLlmError: not a bundle, one with names that are not safe, or it cannot be read.
+    """
+    carrier = _Carrier(stream, name, sha256.strip().lower())
+    with zstandard.ZstdDecompressor().stream_reader(carrier, closefd=False) as unpacked:  # type: ignore[arg-type]  # reads only
+        try:
+            tar = tarfile.open(fileobj=unpacked, mode="r|")  # noqa: SIM115  closed by the with below
+        except (tarfile.TarError, zstandard.ZstdError, EOFError) as error:
+            raise _not_a_bundle(name) from error
+        with tar:
+            yield Bundle(tar, carrier)
+
+
+def read(file: Path) -> IO[bytes]:
+    """``file``, opened for ``opened``.
+
+    Raises:
+        SparkLlmError: it cannot be read.
+    """
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise _unreadable(str(file), error) from error
+
+
+class _Carrier:
+    """The compressed file, hashed as it is read.
+
+    Hashing it first and reading it again would prove nothing where others may write: what is compared must be the very
+    bytes that were unpacked.
+    """
+
+    def __init__(self, stream: IO[bytes], name: str, expected: str) -> None:
+        if expected and not re.fullmatch("[0-9a-f]{64}", expected):
+            raise ConfigError(
+                f"{expected!r} is no sha256",
+                reason=Reason.BAD_REQUEST,
+                hint="It has 64 hexadecimal digits; `bundle export` prints it.",
+            )
+        self.name = name
+        self._stream, self._expected, self._hash = stream, expected, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        try:
+            block = self._stream.read(size)
+        except OSError as error:
+            raise _unreadable(self.name, error) from error
+        if self._expected:
+            self._hash.update(block)
+        return block
+
+    def check(self) -> None:
+        """Compare the whole file, to its end, with the checksum it must have.
+
+        Raises:
+            SparkLlmError: it is another file, or damaged.
+        """
+        while self._expected and self.read(_BLOCK):
+            pass
+        if self._expected and self._hash.hexdigest() != self._expected:
+            raise SparkLlmError(
+                f"{self.name} has sha256 {self._hash.hexdigest()}, not {self._expected}",
+                reason=Reason.MODEL_CORRUPT,
+                hint="Nothing of it was kept. Copy the bundle again.",
+            )
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | None:
+    return tar.extractfile(member) if member.isreg() and not member.issparse() else None
+
+
+def _copy(content: IO[bytes], target: Path, size: int, advance: Callable[[int], None]) -> Digests:
+    hasher = Hasher(size)
+    with target.open("xb") as stream:
+        while block := content.read(_BLOCK):
+            stream.write(block)
+            hasher.update(block)
+            advance(len(block))
+        stream.flush()
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return hasher.digests()
+
+
+def _index(tar: tarfile.TarFile, name: str) -> Receipt:
+    with _damaged():
+        member = tar.next()
+        content = _content(tar, member) if member is not None else None
+        if (
+            member is None
+            or content is None
+            or member.name != INDEX
+            or not 0 <= member.size <= _LARGEST_INDEX
+        ):
+            raise _not_a_bundle(name)
+        text = content.read()
+    try:
+        index: Any = json.loads(text)
+        if index["format"] != FORMAT:
+            raise SparkLlmError(
+                f"{name} is a bundle of format {index['format']}; this version reads format {FORMAT}",
+                reason=Reason.BAD_REQUEST,
+                hint="Use a newer spark-llm.",
+            )
+        files = tuple(RemoteFile.from_json(item) for item in index["files"])
+        model, commit, revision = str(index["model"]), str(index["commit"]), str(index["revision"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_a_bundle(name) from error
+    plan.check_model_name(model)
+    plan.check_revision(revision)
+    if not plan.is_commit(commit):
+        raise _not_a_bundle(name)
+    plan.check_paths(files)
+    return Receipt(model, commit, revision, "bundle", 0.0, files, {})
+
+
+@contextlib.contextmanager
+def _damaged() -> Iterator[None]:
+    try:
+        yield
+    except (tarfile.TarError, zstandard.ZstdError, EOFError) as error:
+        raise SparkLlmError(
+            f"the bundle is cut off or damaged: {error}",
+            reason=Reason.MODEL_CORRUPT,
+            hint="Copy the bundle again.",
+        ) from error
+
+
+def _unreadable(name: str, error: OSError) -> SparkLlmError:
+    return SparkLlmError(f"cannot read {name}: {error.strerror}", reason=Reason.MODEL_MISSING)
+
+
+def _not_a_bundle(name: str) -> SparkLlmError:
+    return _refuse(f"{name} is not a model bundle", "`spark-llm bundle export` writes one.")
+
+
+def _refuse(message: str, hint: str) -> RefusedError:
+    return RefusedError(message, reason=Reason.MODEL_UNSAFE, hint=hint)
