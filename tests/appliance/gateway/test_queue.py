@@ -57,6 +57,22 @@ async def test_lost_wait_is_a_429() -> None:
         assert (await first, await modest) == ("answered", "answered")
 
 
+async def test_what_takes_no_sequence_does_not_wait(tmp_path: Path) -> None:
+    """The list of models is answered while all places are taken and the queue is full."""
+    async with (
+        running_gateway(tmp_path, Limits(max_running=1, max_queue=0)) as running,
+        aiohttp.ClientSession(running.url) as client,
+    ):
+        held = asyncio.create_task(client.post("/v1/chat/completions", json={"model": "held"}))
+        with anyio.fail_after(5):
+            while not running.queue.running:
+                await asyncio.sleep(0.01)
+            async with client.get("/v1/models") as answer:
+                assert answer.status == 200
+        running.stub.proceed.set()
+        (await held).close()
+
+
 async def test_wait_ends_at_the_clients_deadline(tmp_path: Path) -> None:
     """A client that says how long it waits is answered 503 when that time is up."""
     async with (

@@ -12,6 +12,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import nullcontext
 from http import HTTPStatus
 from typing import Any, Protocol
 
@@ -42,6 +43,8 @@ ROUTES = {
     "/v1/messages/count_tokens": "POST",
 }
 """All that reaches the engine. Its other routes (/invocations, /tokenize, /collective_rpc, /sleep, ...) never do."""
+_NO_SEQUENCE = frozenset({"/v1/models", "/v1/messages/count_tokens"})
+"""Answered without the model, in no time: they neither wait behind generations nor tell how long those take."""
 
 _HOP_BY_HOP = frozenset(
     b"connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer"
@@ -165,7 +168,12 @@ class Proxy:
     async def _forward(self, exchange: "_Exchange", body: bytes) -> None:
         seat = await self._engines.load(exchange.model)
         seat.upstream()  # no place in the queue while nothing is ready
-        async with seat.queue.place(exchange.client_key, exchange.patience_s):
+        place = (
+            nullcontext()
+            if exchange.path in _NO_SEQUENCE
+            else seat.queue.place(exchange.client_key, exchange.patience_s)
+        )
+        async with place:
             upstream = seat.upstream()
             seat.touch()
             with self._scheduling:
