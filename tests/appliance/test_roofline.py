@@ -1,6 +1,7 @@
 """Bytes per decode step against tables worked out by hand, and the achieved share of them."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from spark_llm.architecture import read_architecture
 from spark_llm.kernels import Presence
 from spark_llm.kv_cache import layout
-from spark_llm.ledger import Model, cache_options
+from spark_llm.ledger import Machine, Model, cache_options
 from spark_llm.profile import Profile, Speculative
 from spark_llm.roofline import (
     Achieved,
@@ -20,6 +21,7 @@ from spark_llm.roofline import (
     live_context,
     step,
 )
+from spark_llm.run import EngineRun
 from spark_llm.weights import Part, Weights
 
 GB = 1e9
@@ -289,6 +291,24 @@ def test_achieved_share() -> None:
     assert result.share == pytest.approx(40 * moved.total / bandwidth)
     assert result.limit == pytest.approx(55.7, rel=0.005)
     assert str(result) == "40.0 tok/s, 72 % of what this memory allows"
+
+
+def test_a_run_knows_its_kernels() -> None:
+    """What a run reports of its speed is judged with the kernels that its ledger counted."""
+    model, shares = qwen27(BF16, BF16), []
+    before = Counters(at=0, generated=0, iterations=0, running=1, prompt=0)
+    after = Counters(at=10, generated=100, iterations=100, running=1, prompt=0)
+    for presence in (Presence.NONE, GB10):
+        account = SimpleNamespace(machine=Machine(2**37, 2**37, 0, presence))
+        run: Any = SimpleNamespace(
+            _counters=before,
+            _prepared=SimpleNamespace(profile=profile(), model=model, account=account),
+            _bandwidth=273 * GB,
+            _board=SimpleNamespace(progress=lambda **_: None),
+        )
+        EngineRun._measure(run, after)
+        shares.append(run.speed.share)
+    assert shares[1] < shares[0]
 
 
 @pytest.mark.parametrize("tokens", [2000, 20_000, 32_000])

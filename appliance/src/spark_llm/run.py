@@ -187,14 +187,15 @@ class EngineRun:
                 for question in questions
             )
         )
-        for status, body in answers:
+        read = [canary.read(status, body) for status, body in answers]
+        for status, answer in read:
             if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                raise UpstreamError(f"{status} {body[:300].decode(errors='replace')}")
-        for question, (status, body) in zip(questions, answers, strict=True):
-            fault = canary.judge(self._prepared.profile, question, status, _json(body))
+                raise UpstreamError(f"{status} {json.dumps(answer)[:300]}")
+        for question, (status, answer) in zip(questions, read, strict=True):
+            fault = canary.judge(self._prepared.profile, question, status, answer)
             if fault:
                 raise EngineFailedError(f"the canary failed: {fault}", reason=Reason.CANARY)
-        return _text(answers[0][1])
+        return str(read[0][1]["choices"][0]["message"].get("content") or "")
 
     async def watch(self) -> None:
         """Scrape and judge until the engine must be restarted.
@@ -310,7 +311,12 @@ class EngineRun:
         if before is None or model is None or not self._bandwidth:
             return
         reached = roofline.achieved(
-            before, counters, self._prepared.profile, model, self._bandwidth
+            before,
+            counters,
+            self._prepared.profile,
+            model,
+            self._bandwidth,
+            presence=self._prepared.account.machine.kernels,
         )
         if reached is not None:
             self.speed = reached
@@ -379,18 +385,3 @@ _LIVENESS = {
     Reason.ENGINE_UNREACHABLE: "the engine's socket refuses connections",
     Reason.ENGINE_STALLED: "requests run, but the engine has not made a step for too long",
 }
-
-
-def _json(body: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(body)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _text(body: bytes) -> str:
-    try:
-        return str(_json(body)["choices"][0]["message"]["content"] or "")
-    except (LookupError, TypeError):
-        return ""
