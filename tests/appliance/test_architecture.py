@@ -107,7 +107,10 @@ def test_shared_cache() -> None:
 def test_mtp_module() -> None:
     """An MTP module brings one more full-attention layer."""
     config = TINY["hybrid"] | {"num_nextn_predict_layers": 1}
-    assert read_architecture(config).draft_layers == ((Attention(2, 32, 32), 1),)
+    read = read_architecture(config)
+    assert read.draft_layers == ((Attention(2, 32, 32), 1),)
+    assert read.numbered_draft
+    assert not read_architecture(TINY["hybrid"] | {"mtp_num_hidden_layers": 1}).numbered_draft
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,18 @@ def test_context_above_the_model() -> None:
     assert caught.value.reason is Reason.BAD_PROFILE
 
 
+def test_mtp_that_the_checkpoint_lacks() -> None:
+    """MTP without its tensors is refused, unless the model's layers are numbered so that names do not tell."""
+    profile = PROFILE.model_copy(update={"speculative": Speculative(method="mtp", tokens=2)})
+    without = replace(MODEL, weights=Weights(((Part.BODY, 16 * GIB),)))
+    with pytest.raises(ConfigError, match="org/name has no MTP module") as caught:
+        account(profile, SPARK, without)
+    assert caught.value.reason is Reason.BAD_PROFILE
+    assert account(adjust(profile, mtp=False), SPARK, without).fits_now
+    numbered = replace(without, architecture=replace(DENSE, numbered_draft=True))
+    assert account(profile, SPARK, numbered).fits_now
+
+
 def test_draft_of_another_tokenizer() -> None:
     """A draft with another vocabulary is refused by name."""
     speculative = Speculative(method="draft_model", tokens=2, model="org/draft")
@@ -417,7 +429,7 @@ def _smallest(profile: Profile) -> Machine:
 def test_shipped_cache_holds_what_its_profile_says(name: str) -> None:
     """A shipped profile's KV cache holds a whole context, as often as the comment beside it promises."""
     profile = load_profile(name, (shipped_folder(),))
-    weights = Weights(((Part.BODY, profile.memory.weights_bytes or GIB),))
+    weights = Weights(((Part.BODY, profile.memory.weights_bytes or GIB), (Part.DRAFT, 1)))
     draft = GEMMA_DRAFT if name.startswith("gemma-4") else None
     model = Model(KNOWN[name], weights, draft, Weights(()) if draft else None)
     ledger = account(profile, _smallest(profile), model)

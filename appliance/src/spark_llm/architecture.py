@@ -80,6 +80,8 @@ class Architecture:
         widest: width of the widest layer that one token passes: MLP, or its active experts together.
         expert_width: of one routed expert; 0 for a dense model.
         quantization: of the weights, ``quant_method`` of config.json; empty where it names none.
+        numbered_draft: its MTP layers are numbered on after its own (``num_nextn_predict_layers``, as DeepSeek's), so
+            no tensor's name tells whether the checkpoint has them.
     """
 
     model_type: str
@@ -95,6 +97,7 @@ class Architecture:
     widest: int
     expert_width: int = 0
     quantization: str = ""
+    numbered_draft: bool = False
 
     @property
     def layers(self) -> tuple[tuple[Layer, int], ...]:
@@ -146,6 +149,7 @@ def _read(config: Mapping[str, Any], text: Mapping[str, Any], *, draft: bool) ->
         widest=_widest(text),
         expert_width=_expert_width(text) if experts else 0,
         quantization=str((quantization or {}).get("quant_method") or ""),
+        numbered_draft=bool(text.get("num_nextn_predict_layers")),
     )
 
 

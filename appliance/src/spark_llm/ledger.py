@@ -267,6 +267,13 @@ def check(profile: Profile, model: Model) -> None:
     speculative = profile.speculative
     if speculative is None:
         return
+    own = model.weights.size(Part.DRAFT) or model.weights.size(Part.DRAFT_EXPERTS)
+    if speculative.in_model and not (own or architecture.numbered_draft):
+        raise ConfigError(
+            f"{profile.model} has no MTP module: no tensor of it is named mtp or nextn",
+            reason=Reason.BAD_PROFILE,
+            hint="Remove [speculative], or serve it with --no-mtp.",
+        )
     if model.draft and model.draft.vocabulary != architecture.vocabulary:
         raise ConfigError(
             f"draft {speculative.model} has {model.draft.vocabulary} tokens, {profile.model} has "
