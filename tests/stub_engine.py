@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -105,6 +106,8 @@ class Stub:
         if self.fault.endswith("-in-canary"):
             await self._fail_in_canary()
         try:
+            if body.get("logprobs"):  # as only the canary asks
+                return self._canary_stream()
             return await self._by_model(request, str(body.get("model")), bool(body.get("stream")))
         except asyncio.CancelledError:
             self.aborted.set()
@@ -127,8 +130,6 @@ class Stub:
             return web.json_response({"error": {"message": "no such model"}}, status=404)
         if model == "die":
             os._exit(0)
-        if self.canary == "error":
-            raise web.HTTPInternalServerError
         if not stream:
             if model == "held":
                 await self.proceed.wait()
@@ -166,7 +167,21 @@ class Stub:
         await response.write(b"data: [DONE]\n\n")
         return response
 
-    def _message(self, model: str) -> dict[str, object]:
+    def _canary_stream(self) -> web.Response:
+        if self.canary == "error":
+            raise web.HTTPInternalServerError
+        message = self._message("default")["choices"][0]
+        pieces = [*message["message"]["content"], ""]
+        events = [
+            _event({"choices": [{"delta": {"content": piece}, "finish_reason": None}]})
+            for piece in pieces
+        ]
+        end = _event({"choices": [{"delta": {}, "finish_reason": message["finish_reason"]}]})
+        return web.Response(
+            body=b"".join((*events, end, b"data: [DONE]\n\n")), content_type="text/event-stream"
+        )
+
+    def _message(self, model: str) -> dict[str, Any]:
         wrong = "wrong" in {self.fault.removesuffix("-canary"), self.canary}
         finish = "abort" if model == "abort" else "stop"
         message = {"role": "assistant", "content": "" if wrong else "hello"}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from spark_llm.canary import Question, garbage, judge, questions
+from spark_llm.canary import Question, garbage, judge, questions, read
 from spark_llm.profile import Canary, Profile, load_profile, shipped_folder
 
 PROFILE = load_profile("gpt-oss-20b", (shipped_folder(),))
@@ -23,13 +23,50 @@ def with_canary(**canary: Any) -> Profile:  # noqa: ANN401  any field
 
 
 def test_questions() -> None:
-    """Two equal greedy requests go out together, and a tool call where the profile wants one."""
+    """Two equal greedy streams go out together, and a tool call where the profile wants one."""
     first, second, tool = questions(PROFILE)
     assert first == second
+    assert first.body["stream"] is True
+    assert tool.body["stream"] is False
     assert first.body["temperature"] == 0
     assert tool.tool
     assert tool.body["tools"]
     assert len(questions(with_canary())) == 2
+
+
+def streamed(*choices: dict[str, Any]) -> bytes:
+    """A stream as vLLM sends it, with a choice in each event."""
+    events = [b"data: " + json.dumps({"choices": [choice]}).encode() for choice in choices]
+    return b"\n\n".join((*events, b'data: {"choices": [], "usage": {}}', b"data: [DONE]", b""))
+
+
+def test_stream_is_read_as_a_whole_answer() -> None:
+    """Pieces of thoughts, text and probabilities are put together, and the end is the last one named."""
+    token = {"token": "Par", "logprob": -0.1}
+    body = streamed(
+        {"delta": {"role": "assistant", "content": ""}, "finish_reason": None},
+        {"delta": {"reasoning": "The "}, "logprobs": None},
+        {"delta": {"reasoning": "capital"}},
+        {"delta": {"content": "Par"}, "logprobs": {"content": [token]}},
+        {"delta": {"content": "is"}, "logprobs": {"content": [token]}, "finish_reason": "stop"},
+    )
+    message = {"role": "assistant", "content": "Paris", "reasoning": "The capital"}
+    choice = {"message": message, "logprobs": {"content": [token] * 2}, "finish_reason": "stop"}
+    assert read(200, body) == (200, {"choices": [choice]})
+    assert judge(PROFILE, TEXT, *read(200, body)) == ""
+
+
+def test_stream_that_fails_in_the_middle_is_an_error() -> None:
+    """An engine whose core dies says so in an event of a stream that began with 200; a stream may also just end."""
+    half = streamed({"delta": {"content": "Paris"}})
+    assert read(200, half + b'data: {"error": {"message": "EngineCore died"}}\n\n')[0] == 500
+    assert "ended with None" in judge(PROFILE, TEXT, *read(200, half))
+
+
+def test_reply_that_is_no_stream() -> None:
+    """A refusal comes as JSON, with its status, or as anything."""
+    assert read(400, b'{"error": {"code": 400}}') == (400, {"error": {"code": 400}})
+    assert read(502, b"<html>") == (502, {})
 
 
 PASS = [

@@ -47,7 +47,7 @@ def questions(profile: Profile) -> tuple[Question, ...]:
         "model": "default",
         "temperature": 0,
         "seed": 0,
-        "stream": False,
+        "stream": True,
     }
     ask = {
         **greedy,
@@ -65,9 +65,36 @@ def questions(profile: Profile) -> tuple[Question, ...]:
             "max_tokens": 512,
             "tools": [_TOOL],
             "tool_choice": "auto",
+            "stream": False,  # a call comes in pieces of JSON, which say no more than the whole
         }
         asked.append(Question(call, tool=True))
     return tuple(asked)
+
+
+def read(status: int, body: bytes) -> tuple[int, dict[str, Any]]:
+    """Status and JSON of a reply, as if it had not been streamed; an event that tells of an error makes it 500.
+
+    Args:
+        status: HTTP status; 200 if the engine failed only in the middle of a stream.
+        body: server-sent events, or JSON.
+    """
+    lines = [line[6:] for line in body.splitlines() if line.startswith(b"data: {")]
+    if not lines:
+        return status, _json(body)
+    message: dict[str, str] = {}
+    tokens: list[Any] = []
+    finish = None
+    for event in map(_json, lines):
+        if "error" in event:
+            return 500, event
+        for choice in event.get("choices") or ():
+            for name, part in choice["delta"].items():
+                if isinstance(part, str):
+                    message[name] = message.get(name, "") + part
+            tokens += (choice.get("logprobs") or {}).get("content") or ()
+            finish = choice.get("finish_reason") or finish
+    choice = {"message": message, "logprobs": {"content": tokens}, "finish_reason": finish}
+    return status, {"choices": [choice]}
 
 
 def judge(profile: Profile, asked: Question, status: int, answer: Mapping[str, Any]) -> str:
@@ -93,6 +120,14 @@ def judge(profile: Profile, asked: Question, status: int, answer: Mapping[str, A
     if asked.tool:
         return _judge_call(message.get("tool_calls") or [])
     return _judge_logprobs(choice.get("logprobs")) or _judge_text(profile.canary, text)
+
+
+def _json(body: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(body)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def _text(message: Mapping[str, Any]) -> str:
