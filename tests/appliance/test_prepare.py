@@ -1,6 +1,8 @@
 """From a profile to the command line and the manifest of what it starts."""
 
+import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from spark_llm.prepare import Preparation, Prepared
 from spark_llm.profile import Speculative, load_profile, shipped_folder
 from spark_llm.promises import Promises
 from spark_llm.status import Bus, Status, StatusBoard
-from spark_llm.store import Store
+from spark_llm.store import Note, Request, Store
+from spark_llm.store.progress import Event
 
 from tests.appliance.service import stub_python
 
@@ -71,3 +74,28 @@ async def test_manifest_knows_hub_models_by_their_commits(
     assert manifests[0].model_commit == "commit of org/model"
     assert manifests[0].draft_commit == "commit of org/draft"
     assert manifests[0] == manifests[1]
+
+
+async def test_cancelled_preparation_ends_its_fetch(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A preparation that is cancelled while it fetches is over only when the fetching process is."""
+    fetching = asyncio.Event()
+    ended = []
+
+    async def fetch(_: Request) -> AsyncIterator[Event]:
+        try:
+            fetching.set()
+            await asyncio.Event().wait()
+            yield Note("never")
+        finally:
+            await asyncio.sleep(0)  # the process takes a moment to end
+            ended.append("fetch")
+
+    monkeypatch.setattr("spark_llm.prepare.fetch", fetch)
+    work = asyncio.create_task(_prepared(short_path, "org/model", "org/draft"))
+    await fetching.wait()
+    work.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await work
+    assert ended == ["fetch"]

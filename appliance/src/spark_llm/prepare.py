@@ -308,10 +308,14 @@ class Preparation:
         return f"local:{digest.hexdigest()}"
 
     async def _ticking(self, work: "asyncio.Future[Event]") -> Event:
-        while not work.done():
-            self._tick()
-            await asyncio.wait((work,), timeout=_TICK_S)
-        return work.result()
+        try:
+            while not work.done():
+                self._tick()
+                await asyncio.wait((work,), timeout=_TICK_S)
+            return work.result()
+        finally:
+            if work.cancel():  # who cancels us waits until nothing of it runs
+                await asyncio.wait((work,))
 
 
 def fetch_request(settings: Settings, models: Path, model: str, revision: str) -> Request:
