@@ -24,7 +24,12 @@
         }
       );
 
-      call = file: system: import file { inherit self lib; pkgs = pkgsFor.${system}; };
+      call =
+        file: system:
+        import file {
+          inherit self lib;
+          pkgs = pkgsFor.${system};
+        };
     in
     {
       overlays.default = import ./overlays;

@@ -38,14 +38,14 @@ in
     '';
   };
 
-  upgrade = program "spark-llm-upgrade" "Switch the installed service to this version, or back if it does not answer" {
+  upgrade = program "spark-llm-upgrade" "Switch the service to this version, or back if it fails" {
     text = ''
       ${asRoot}
       exec ${lib.getExe pkgs.spark-llm} upgrade ${pkgs.spark-llm} "$@"
     '';
   };
 
-  uninstall = program "spark-llm-uninstall" "Remove the systemd service; models and configuration stay" {
+  uninstall = program "spark-llm-uninstall" "Remove the service; models and configuration stay" {
     text = ''
       ${asRoot}
       exec ${lib.getExe pkgs.spark-llm} uninstall "$@"

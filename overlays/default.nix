@@ -11,7 +11,6 @@ let
     ./appliance.nix
   ];
   compose =
-    final: prev:
-    builtins.foldl' (applied: layer: applied // layer final (prev // applied)) { } layers;
+    final: prev: builtins.foldl' (applied: layer: applied // layer final (prev // applied)) { } layers;
 in
 final: prev: if prev ? sparkPins then { } else compose final prev

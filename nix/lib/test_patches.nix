@@ -2,7 +2,12 @@
 let
   inherit (import ./patches.nix { inherit lib; }) series;
   fails = value: !(builtins.tryEval value).success;
-  folder = files: builtins.path { path = ./testdata/patches + "/${files}"; name = files; };
+  folder =
+    files:
+    builtins.path {
+      path = ./testdata/patches + "/${files}";
+      name = files;
+    };
   names = files: map baseNameOf (series (folder files));
 in
 {

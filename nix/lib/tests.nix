@@ -15,7 +15,8 @@ in
   failures = lib.runTests flat;
   count = lib.length (lib.attrNames flat);
   untested = lib.concatMap (
-    file: map (function: "${file}.${function}") (
+    file:
+    map (function: "${file}.${function}") (
       lib.filter (function: !(suites.${file} ? ${function})) (lib.attrNames exported.${file})
     )
   ) (lib.attrNames exported);

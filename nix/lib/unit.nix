@@ -24,10 +24,11 @@ in
     values: template:
     let
       wanted = placeholders template;
+      marks = map (name: "@${name}@") (attrNames values);
       missing = filter (name: !(values ? ${name})) wanted;
     in
     if missing != [ ] then
       throw "unit template: no value for @${concatStringsSep "@, @" missing}@."
     else
-      replaceStrings (map (name: "@${name}@") (attrNames values)) (map toString (attrValues values)) template;
+      replaceStrings marks (map toString (attrValues values)) template;
 }

@@ -62,8 +62,8 @@ in
   # The pin of one distribution, or a sentence.
   pick =
     system: pins: name:
-    pins.${name} or (throw ''
-      no wheel of ${name} is pinned for ${system}: run `nix run .#update-pins` and commit nix/pins.'');
+    pins.${name}
+      or (throw "no wheel of ${name} is pinned for ${system}: run `nix run .#update-pins` and commit nix/pins.");
 
   # The closure without the distributions in `pruned` (name -> reason).
   keep = pruned: pins: filterAttrs (name: _: !(pruned ? ${name})) pins;

@@ -96,7 +96,8 @@ stdenv.mkDerivation (finalAttrs: {
     sparkPins.driverLib
   ];
 
-  doInstallCheck = stdenv.buildPlatform.canExecute stdenv.hostPlatform && lib.elem "nvidia-cuda-nvcc" members;
+  doInstallCheck =
+    stdenv.buildPlatform.canExecute stdenv.hostPlatform && lib.elem "nvidia-cuda-nvcc" members;
   installCheckPhase = ''
     runHook preInstallCheck
     "$out/bin/nvcc" --version | grep -F "V${sparkPins.vllm.cuda.nvcc}"

@@ -15,7 +15,9 @@
   pname ? "spark-python-env",
   version ? sparkPins.vllm.version,
   # Distributions to merge, by name. vLLM itself is vllm-gb10's, so that a changed patch rebuilds little.
-  members ? lib.subtractLists ([ "vllm" ] ++ sparkPins.vllm.cuda.toolkit) (lib.attrNames sparkPins.kept),
+  members ? lib.subtractLists ([ "vllm" ] ++ sparkPins.vllm.cuda.toolkit) (
+    lib.attrNames sparkPins.kept
+  ),
   wheels ? pinnedWheels,
   withCuda ? true,
 }:
