@@ -53,6 +53,28 @@ async def test_a_killed_guard_is_replaced(tmp_path: Path, monkeypatch: pytest.Mo
         assert engine.poll() is None
 
 
+async def test_a_guard_that_cannot_be_started_at_once_is_started_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fork that fails for want of memory leaves the engine unguarded only until the next one."""
+    monkeypatch.setattr(watchman, "_RESTART_S", 0.01)
+    heard: asyncio.Queue[Level] = asyncio.Queue()
+    async with asyncio.timeout(30), watched(tmp_path, heard) as (keeper, _):
+        assert await heard.get() is Level.OK
+        start, refused = Watchman._start, iter([OSError(12, "Cannot allocate memory")])
+
+        def scarce(self: Watchman) -> "subprocess.Popen[bytes]":
+            for error in refused:
+                raise error
+            return start(self)
+
+        monkeypatch.setattr(Watchman, "_start", scarce)
+        first = keeper.pid
+        os.kill(first, signal.SIGKILL)
+        assert await heard.get() is Level.OK
+        assert keeper.pid != first
+
+
 async def test_no_guard_follows_an_engine_that_is_gone(tmp_path: Path) -> None:
     """A guard that dies around its engine's end is not replaced, and nobody waits for one."""
     heard: asyncio.Queue[Level] = asyncio.Queue()

@@ -100,11 +100,22 @@ class Watchman:
             if code == 0 or self.killed or self._over.is_set():  # 0: its engine is gone
                 return
             log.error("the memory guard died (%d) before its engine; another is started", code)
+            if not await self._replace():
+                return
+
+    async def _replace(self) -> bool:
+        """Start another guard, however often that takes; False once the engine is gone."""
+        while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(_RESTART_S):
                     await self._over.wait()
-                return
-            self._process = self._start()
+                return False
+            try:
+                self._process = self._start()
+            except OSError as error:  # memory is short, which is when a guard is needed most
+                log.error("no memory guard can be started yet: %s", error)  # noqa: TRY400  for a person
+            else:
+                return True
 
     async def _listen(self) -> None:
         assert self._process.stdout is not None  # noqa: S101  for the type checker: PIPE was asked for
