@@ -27,6 +27,8 @@ LOAD_LINES = (
     "(EngineCore pid=2) INFO CPU KV cache size: 1,000 tokens",
     "(APIServer pid=1) INFO Starting vLLM server on unix:/x",
 )
+DEMO_ANSWER = " own it two so been an we with"
+"""To the canary of the profile ``demo``."""
 NO_CACHE = (
     "(EngineCore pid=2) ERROR 11-21 12:02:47 [core.py:1510] ValueError: 0.5 GiB KV cache is needed, "
     "which is larger than the available KV cache memory (0.2 GiB)."
@@ -171,7 +173,7 @@ class Stub:
         if self.canary == "error":
             raise web.HTTPInternalServerError
         message = self._message("default")["choices"][0]
-        pieces = [*message["message"]["content"], ""]
+        pieces = [*message["message"]["content"], ""]  # letters do for tokens
         events = [
             _event({"choices": [{"delta": {"content": piece}, "finish_reason": None}]})
             for piece in pieces
@@ -184,7 +186,7 @@ class Stub:
     def _message(self, model: str) -> dict[str, Any]:
         wrong = "wrong" in {self.fault.removesuffix("-canary"), self.canary}
         finish = "abort" if model == "abort" else "stop"
-        message = {"role": "assistant", "content": "" if wrong else "hello"}
+        message = {"role": "assistant", "content": "" if wrong else DEMO_ANSWER}
         return {"choices": [{"message": message, "finish_reason": finish}], "usage": {}}
 
 

@@ -127,8 +127,18 @@ def test_pinned_text_is_compared_exactly() -> None:
     assert "expected 'abc'" in judge(pinned, TEXT, 200, answer("abc "))
 
 
-def test_noise_is_enough_for_a_random_model() -> None:
-    """Without pattern and text any non-empty answer passes: the demo model speaks noise."""
+@pytest.mark.parametrize("name", ["demo", "demo-gpu"])
+def test_demo_has_to_say_its_own_noise(name: str) -> None:
+    """The demo's random weights give one text, whichever way its tie of two tokens falls; other noise is wrong."""
+    demo = load_profile(name, (shipped_folder(),))
+    for right in (" own it two so been an we with", " own it may can the year no of"):
+        assert judge(demo, TEXT, 200, answer(right)) == ""
+    for wrong in (" about it two so been an we with", " own it down so", "hello", "!" * 40):
+        assert judge(demo, TEXT, 200, answer(wrong))
+
+
+def test_any_text_is_enough_where_nothing_is_expected() -> None:
+    """Without pattern and text any non-empty answer passes."""
     assert judge(with_canary(), TEXT, 200, answer("xx xx xx " * 20)) == ""
     assert judge(with_canary(), TEXT, 200, answer("")) != ""
 

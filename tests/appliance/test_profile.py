@@ -130,8 +130,8 @@ def test_shipped_profile_keeps_the_house_rules(name: str) -> None:
     """Shipped profiles name their commit or say why not, claim no measurement, and prove an answer before ready."""
     profile = load_profile(name, FOLDERS)
     assert profile.status.kind != "measured", "nothing has run on the hardware"
+    assert profile.canary.pattern
     if profile.engine is Engine.CUDA:
-        assert profile.canary.pattern
         assert profile.memory.minimum_gb in {64, 128}
         made_here = profile.model == DEMO_MODEL
         assert profile.revision or made_here or profile.model.startswith("DevQuasar/"), (

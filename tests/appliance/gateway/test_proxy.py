@@ -10,7 +10,7 @@ from spark_llm import keys
 from spark_llm.gateway.proxy import ROUTES
 
 from tests.appliance.gateway.conftest import LIMITS, Running
-from tests.stub_engine import FLOOD_EVENTS
+from tests.stub_engine import DEMO_ANSWER, FLOOD_EVENTS
 
 pytestmark = pytest.mark.anyio
 
@@ -49,7 +49,7 @@ async def test_whole_answer_is_passed_on(client: aiohttp.ClientSession) -> None:
     """An answer that is not streamed keeps its status and body."""
     async with client.post(CHAT, json={"model": "demo"}) as answer:
         assert answer.status == 200
-        assert (await answer.json())["choices"][0]["message"]["content"] == "hello"
+        assert (await answer.json())["choices"][0]["message"]["content"] == DEMO_ANSWER
 
 
 @pytest.mark.parametrize("stream", [False, True])
