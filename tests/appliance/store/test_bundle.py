@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -230,6 +231,77 @@ def test_a_bad_bundle_is_refused(
     assert {path for path in tmp_path.rglob("*") if other.root not in path.parents} - before <= {
         other.root
     }
+
+
+def header(kind: bytes, size: int, name: str = "x") -> bytes:
+    """The block that announces ``size`` bytes of ``kind``."""
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, size
+    return member.tobuf()
+
+
+def sparse_map(entries: int) -> bytes:
+    """A file whose map of holes, as pax 1.0 has it, has ``entries`` entries."""
+    records = b"22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"
+    content = f"{entries}\n".encode() + b"0\n" * (2 * entries)
+    announced = header(tarfile.XHDTYPE, len(records)) + records.ljust(512, b"\0")
+    return announced + header(tarfile.REGTYPE, len(content)) + content
+
+
+@pytest.mark.parametrize("at", ["first", "second"])
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        pytest.param(header(tarfile.XHDTYPE, 2**26) + bytes(2**26), id="pax"),
+        pytest.param(header(tarfile.XGLTYPE, 2**26) + bytes(2**26), id="global"),
+        pytest.param(header(tarfile.GNUTYPE_LONGNAME, 2**26) + bytes(2**26), id="longname"),
+        pytest.param(header(tarfile.REGTYPE, 2**26, "bundle.json") + bytes(2**26), id="index"),
+        pytest.param(sparse_map(2**22), id="sparse"),
+    ],
+)
+def test_a_small_file_cannot_fill_the_memory(
+    exported: Path, other: Store, at: str, bomb: bytes
+) -> None:
+    """What a header claims, in front of the index or behind it, is refused before it is in memory."""
+    with exported.open("rb") as stream:
+        raw = zstandard.ZstdDecompressor().stream_reader(stream).read()
+    second = 512 + -(-int(raw[124:135], 8) // 512) * 512
+    start = raw[: second if at == "second" else 0]
+    exported.write_bytes(zstandard.ZstdCompressor().compress(start + bomb + bytes(10240)))
+    assert exported.stat().st_size < 2**16
+    tracemalloc.start()
+    try:
+        with pytest.raises(SparkLlmError) as caught:
+            import_bundle(other.root, exported)
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+    assert caught.value.reason is Reason.MODEL_UNSAFE
+    assert other.models() == []
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"format": 1, "files": [{"path": "a", "size": 1e999}]}']
+)
+def test_an_index_that_is_no_list_is_no_bundle(exported: Path, other: Store, text: str) -> None:
+    """JSON that no parser or number can hold is refused like any other nonsense."""
+
+    def change(members: Members) -> None:
+        members[0] = (members[0][0], text.encode())
+
+    repack(exported, change)
+    with pytest.raises(SparkLlmError, match="not a model bundle"):
+        import_bundle(other.root, exported)
+
+
+def test_long_names_are_carried(pull: Puller, other: Store, tmp_path: Path) -> None:
+    """A name too long for a plain header, which takes a pax record of its own, arrives."""
+    name = "/".join(["a" * 200] * 5)
+    pull.hub.add(MODEL, {**FILES, name: b"deep"})
+    pull()
+    export(pull.store, MODEL, "", tmp_path / "deep")
+    import_bundle(other.root, tmp_path / "deep")
+    assert ((other.locate(MODEL) or Path()) / name).read_bytes() == b"deep"
 
 
 @pytest.mark.parametrize("cut", [0.0, 0.01, 0.1, 0.5, 0.9])

@@ -29,7 +29,10 @@ from spark_llm.store.receipt import Receipt, RemoteFile
 from spark_llm.store.stamp import Stamp
 from spark_llm.store.store import Store
 
-_LARGEST_INDEX = 64 * 2**20
+_LARGEST_INDEX = 8 * 2**20
+"""Forty thousand files; parsed, the worst JSON of this size takes some 200 MB."""
+_LARGEST_HEADER = 2**16
+"""What may lie between two contents: padding, a long name, a size of more than 8 GiB, a block read ahead."""
 _BLOCK = 4 * 2**20
 
 
@@ -40,9 +43,9 @@ class Bundle:
         promised: what it says it contains; nothing of it is proved before ``receive`` returns.
     """
 
-    def __init__(self, tar: tarfile.TarFile, carrier: "_Carrier") -> None:
-        self._tar, self._carrier = tar, carrier
-        self.promised = _index(tar, carrier.name)
+    def __init__(self, tar: tarfile.TarFile, unpacked: "_Rationed", carrier: "_Carrier") -> None:
+        self._tar, self._unpacked, self._carrier = tar, unpacked, carrier
+        self.promised = self._index()
 
     def receive(
         self, root: Path, *, reserve_bytes: int, advance: Callable[[int], None] = lambda _: None
@@ -115,17 +118,16 @@ class Bundle:
         expected = {FOLDER + file.path: file for file in self.promised.files}
         stamps: dict[str, Stamp] = {}
         with _damaged():
-            while (member := self._tar.next()) is not None:  # iterating would give the index again
+            while (member := self._next()) is not None:
                 file = expected.pop(member.name, None)
-                content = _content(self._tar, member)
-                if file is None or content is None or member.size != file.size:
+                if file is None or not _plain(member) or member.size != file.size:
                     raise _refuse(
                         f"the bundle holds {member.name!r}, which its list does not allow",
                         "Do not use it.",
                     )
                 target = folder / file.path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                digests = _copy(content, target, file.size, advance)
+                digests = _copy(self._content(member), target, file.size, advance)
                 if not file.accepts(digests):
                     raise SparkLlmError(
                         f"{file.path} in the bundle is damaged",
@@ -140,6 +142,49 @@ class Bundle:
                 hint="Copy the bundle again.",
             )
         return stamps
+
+    def _next(self) -> tarfile.TarInfo | None:
+        """The next member; iterating would give the index twice."""
+        self._unpacked.allow(_LARGEST_HEADER)
+        return self._tar.next()
+
+    def _content(self, member: tarfile.TarInfo) -> IO[bytes]:
+        self._unpacked.allow(member.size + _LARGEST_HEADER)
+        content = self._tar.extractfile(member)
+        assert content is not None  # noqa: S101  for the type checker: it is a regular file
+        return content
+
+    def _index(self) -> Receipt:
+        name = self._carrier.name
+        with _damaged():
+            member = self._next()
+            if (
+                member is None
+                or not _plain(member)
+                or member.name != INDEX
+                or not 0 <= member.size <= _LARGEST_INDEX
+            ):
+                raise _not_a_bundle(name)
+            text = self._content(member).read()
+        try:
+            index: Any = json.loads(text)
+            if index["format"] != FORMAT:
+                raise SparkLlmError(
+                    f"{name} is a bundle of format {index['format']}; this version reads format {FORMAT}",
+                    reason=Reason.BAD_REQUEST,
+                    hint="Use a newer spark-llm.",
+                )
+            files = tuple(RemoteFile.from_json(item) for item in index["files"])
+            model, commit = str(index["model"]), str(index["commit"])
+            revision = str(index["revision"])
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise _not_a_bundle(name) from error
+        plan.check_model_name(model)
+        plan.check_revision(revision)
+        if not plan.is_commit(commit):
+            raise _not_a_bundle(name)
+        plan.check_paths(files)
+        return Receipt(model, commit, revision, "bundle", 0.0, files, {})
 
 
 @contextlib.contextmanager
@@ -158,12 +203,13 @@ def opened(stream: IO[bytes], name: str, *, sha256: str = "") -> Iterator[Bundle
     """
     carrier = _Carrier(stream, name, sha256.strip().lower())
     with zstandard.ZstdDecompressor().stream_reader(carrier, closefd=False) as unpacked:  # type: ignore[arg-type]  # reads only
+        rationed = _Rationed(unpacked)
         try:
-            tar = tarfile.open(fileobj=unpacked, mode="r|")  # noqa: SIM115  closed by the with below
+            tar = tarfile.open(fileobj=rationed, mode="r|")  # type: ignore[call-overload]  # noqa: SIM115  reads only; closed below
         except (tarfile.TarError, zstandard.ZstdError, EOFError) as error:
             raise _not_a_bundle(name) from error
         with tar:
-            yield Bundle(tar, carrier)
+            yield Bundle(tar, rationed, carrier)
 
 
 def read(file: Path) -> IO[bytes]:
@@ -220,8 +266,30 @@ class _Carrier:
             )
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes] | None:
-    return tar.extractfile(member) if member.isreg() and not member.issparse() else None
+class _Rationed:
+    """The unpacked tar, of which no more can be read than was allowed.
+
+    tarfile takes whatever belongs to a header (long names, pax records, maps of sparse files) into memory, however much
+    that is; a few kilobytes of zstd can be gigabytes of it.
+    """
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream, self._left = stream, _LARGEST_HEADER
+
+    def allow(self, count: int) -> None:
+        """Let the next ``count`` bytes through, and no more."""
+        self._left = count
+
+    def read(self, size: int) -> bytes:
+        block = self._stream.read(size)
+        self._left -= len(block)
+        if self._left < 0:
+            raise _refuse("the bundle has a header of more than 64 KiB", "Do not use it.")
+        return block
+
+
+def _plain(member: tarfile.TarInfo) -> bool:
+    return member.isreg() and not member.issparse()
 
 
 def _copy(content: IO[bytes], target: Path, size: int, advance: Callable[[int], None]) -> Digests:
@@ -235,38 +303,6 @@ def _copy(content: IO[bytes], target: Path, size: int, advance: Callable[[int], 
         os.fsync(stream.fileno())
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return hasher.digests()
-
-
-def _index(tar: tarfile.TarFile, name: str) -> Receipt:
-    with _damaged():
-        member = tar.next()
-        content = _content(tar, member) if member is not None else None
-        if (
-            member is None
-            or content is None
-            or member.name != INDEX
-            or not 0 <= member.size <= _LARGEST_INDEX
-        ):
-            raise _not_a_bundle(name)
-        text = content.read()
-    try:
-        index: Any = json.loads(text)
-        if index["format"] != FORMAT:
-            raise SparkLlmError(
-                f"{name} is a bundle of format {index['format']}; this version reads format {FORMAT}",
-                reason=Reason.BAD_REQUEST,
-                hint="Use a newer spark-llm.",
-            )
-        files = tuple(RemoteFile.from_json(item) for item in index["files"])
-        model, commit, revision = str(index["model"]), str(index["commit"]), str(index["revision"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _not_a_bundle(name) from error
-    plan.check_model_name(model)
-    plan.check_revision(revision)
-    if not plan.is_commit(commit):
-        raise _not_a_bundle(name)
-    plan.check_paths(files)
-    return Receipt(model, commit, revision, "bundle", 0.0, files, {})
 
 
 @contextlib.contextmanager
