@@ -176,7 +176,8 @@ async def test_places_are_those_of_each_engine(
     controller.others["other"] = controller._keeper(_profile("other", sequences=2))
     controller.set_limits(reload.limits(Settings()))
     assert [await _running_of_many(keeper) for keeper in controller.keepers()] == [6, 4]
-    controller.switch("eight")
+    monkeypatch.setattr("spark_llm.controller.refuse_hopeless", lambda *_: None)
+    await controller.switch("eight")
     await controller.primary.settled.wait()
     assert controller._switching is not None
     await controller._switching

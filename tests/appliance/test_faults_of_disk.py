@@ -100,6 +100,7 @@ async def test_switch_that_breaks_off_is_over(
 ) -> None:
     """A fault of ours ends the switch as failed with its cause, and the next switch is let in and done."""
     monkeypatch.setattr("spark_llm.controller.Keeper", _Settled)
+    monkeypatch.setattr("spark_llm.controller.refuse_hopeless", lambda *_: None)
     controller = Controller(Settings(), _demo(), _folders(tmp_path), Limits())
 
     async def broken(*_: object) -> None:
@@ -107,13 +108,13 @@ async def test_switch_that_breaks_off_is_over(
 
     with monkeypatch.context() as patched:
         patched.setattr(_Settled, "stop", broken)
-        assert controller.switch("demo-gpu").running
+        assert (await controller.switch("demo-gpu")).running
         assert controller._switching is not None
         await controller._switching
     assert controller.last_switch is not None
     assert (controller.last_switch.outcome, controller.last_switch.reason) == ("failed", "internal")
     assert "no answer" in controller.last_switch.message
-    controller.switch("demo-gpu")
+    await controller.switch("demo-gpu")
     await controller._switching
     assert controller.last_switch.outcome == "done"
 

@@ -93,6 +93,45 @@ def test_switch_to_an_unknown_profile_is_a_usage_error(short_path: Path) -> None
         assert running.status()["state"] == "ready"
 
 
+HOPELESS = {
+    "two-nodes": ("peers", stub_profile().replace("[env", "nodes = 2\n[env")),
+    "huge": ("does_not_fit", stub_profile(kv_cache_bytes=2**50)),
+    "long": ("bad_profile", stub_profile().replace("context = 512", "context = 1_000_000")),
+    "no-folder": ("model_missing", stub_profile(model="/nowhere/model")),
+    "no-network": ("model_missing", stub_profile(model="org/model")),
+}
+"""Profiles that cannot be served here, and why."""
+
+
+def test_switch_to_what_cannot_be_served_stops_nothing(short_path: Path) -> None:
+    """What a start would refuse on an idle machine, too, is refused with its reason while the engine runs on."""
+    (short_path / "profiles").mkdir()
+    for name, (_, text) in HOPELESS.items():
+        (short_path / "profiles" / f"{name}.toml").write_text(text)
+    with stub_service(short_path, HF_HUB_OFFLINE="1") as running:
+        running.listening()
+        run = running.wait_state("ready")["run_id"]
+        wanted = {name: reason for name, (reason, _) in HOPELESS.items()}
+        # Where there is a GPU, it is the stub's build of vLLM that stands against this one.
+        wanted["demo-gpu"] = "wrong_engine" if host.driver_version() else "no_gpu"
+        for name, reason in wanted.items():
+            for dry_run in (True, False):
+                asked = {"profile": name, "dry_run": dry_run}
+                code, body = running.post("/api/v1/switch", asked)
+                assert 400 <= code < 500, (name, body)
+                assert body["error"]["code"] == reason, (name, body)
+        assert running.get("/api/v1/switch")[1] == {"switch": None}
+        assert running.status()["run_id"] == run
+
+
+def test_switch_may_fetch_its_model(short_path: Path) -> None:
+    """A model that is still to be fetched is not held against a switch."""
+    text = stub_profile(model="org/model")
+    with _two_profiles(short_path) as running:
+        (short_path / "profiles" / "far.toml").write_text(text)
+        assert _switch(running, short_path, "far", "--dry-run").returncode == 0
+
+
 def test_switch_lets_running_streams_finish(short_path: Path) -> None:
     """A stream that runs when the switch begins ends whole."""
     with _two_profiles(short_path, SPARK_LLM_ENGINE__DRAIN_TIMEOUT_S="120") as running:

@@ -15,11 +15,12 @@ from spark_llm.folders import Folders
 from spark_llm.gateway.queue import AdmissionQueue
 from spark_llm.gateway.reply import Reply
 from spark_llm.keeper import Keeper
+from spark_llm.preflight import refuse_hopeless
 from spark_llm.profile import Profile, load_profile
 from spark_llm.promises import Promises
 from spark_llm.reason import Reason
 from spark_llm.status import SERVING, TERMINAL, Bus, State, Status, StatusBoard
-from spark_llm.switchover import Switch
+from spark_llm.switchover import Switch, steps
 
 _TICK_S = 1.0
 TICK_LIMIT_S = 5.0
@@ -122,40 +123,42 @@ class Controller:
 
     # switching
 
-    def plan_switch(self, name: str) -> list[str]:
+    async def plan_switch(self, name: str) -> list[str]:
         """What :meth:`switch` would do, in words.
 
         Raises:
-            ConfigError: no such profile, or it cannot be served here.
+            SparkLlmError: no such profile, or it cannot be served here.
         """
-        profile = load_profile(name, self.folders.profiles)
-        running = self.primary.queue.running
-        before = self.primary.profile.name
-        limit = self.settings.engine.drain_timeout_s
-        return [
-            f"drain {before} ({running} requests run, at most {limit:g} s)",
-            "stop its engine and wait until its memory is back",
-            f"start {profile.name} ({profile.model}) and ask its canary",
-            f"return to {before} if that fails",
-        ]
+        profile = await asyncio.to_thread(self._servable, name)
+        return steps(
+            self.primary.profile,
+            profile,
+            running=self.primary.queue.running,
+            drain_timeout_s=self.settings.engine.drain_timeout_s,
+        )
 
-    def switch(self, name: str) -> Switch:
+    async def switch(self, name: str) -> Switch:
         """Begin to serve another profile as primary; the old one comes back if the new one is not proven.
 
         Returns:
             the switch, under way; it is also :attr:`last_switch`.
 
         Raises:
-            ConfigError: no such profile; nothing was changed.
             TryAgainError: another switch is under way.
+            SparkLlmError: no such profile, or it cannot be served here; nothing was changed.
         """
-        profile = load_profile(name, self.folders.profiles)
+        profile = await asyncio.to_thread(self._servable, name)
         if self.last_switch is not None and self.last_switch.running:
             raise TryAgainError("another switch is under way", reason=Reason.NOT_READY)
         self._refuse_while_stopping()
         self.last_switch = Switch(self.primary.profile.name, profile.name)
         self._switching = asyncio.create_task(self._switch(profile, self.last_switch))
         return self.last_switch
+
+    def _servable(self, name: str) -> Profile:
+        profile = load_profile(name, self.folders.profiles)
+        refuse_hopeless(profile, self.settings, self.folders)
+        return profile
 
     async def _switch(self, profile: Profile, switch: Switch) -> None:
         before = self.primary.profile

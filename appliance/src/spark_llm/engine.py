@@ -19,6 +19,7 @@ from pathlib import Path
 
 from spark_llm import cgroup, launch
 from spark_llm.argv import Argv
+from spark_llm.config import Settings
 from spark_llm.errors import RefusedError
 from spark_llm.reason import Reason
 from spark_llm.vitals import Vitals, read_vitals
@@ -171,6 +172,13 @@ class EngineProcess:
             await asyncio.sleep(_REAP_INTERVAL_S)
         await asyncio.wait({self._tasks[0]}, timeout=1.0)  # the last lines say why it died
         self.exited.set()
+
+
+def engine_python(settings: Settings) -> Path:
+    """The interpreter that has vLLM: as configured, else ``.venv-engine`` of the checkout this runs from."""
+    if settings.engine.python:
+        return Path(settings.engine.python)
+    return Path(__file__).parents[3] / ".venv-engine" / "bin" / "python"
 
 
 def need_interpreter(python: Path) -> None:

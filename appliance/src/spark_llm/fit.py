@@ -11,12 +11,12 @@ from rich.text import Text
 
 from spark_llm import host, model_facts
 from spark_llm.config import Settings
+from spark_llm.engine import engine_python
 from spark_llm.errors import ConfigError, TryAgainError
 from spark_llm.folders import Folders
 from spark_llm.high_water import HighWater, build_of
 from spark_llm.kernels import Presence
 from spark_llm.ledger import GIB, Ledger, Machine, Measured, Model, account, kv_cache_bytes_for
-from spark_llm.prepare import engine_python
 from spark_llm.profile import Profile
 from spark_llm.store.credentials import check_endpoint, read_token
 from spark_llm.switches import adjust

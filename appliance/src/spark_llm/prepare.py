@@ -17,12 +17,13 @@ from spark_llm.argv import Argv
 from spark_llm.caches import CacheRoot, Namespace
 from spark_llm.config import Settings
 from spark_llm.demo_model import SEED, write_demo_model
-from spark_llm.engine import engine_missing, need_interpreter
+from spark_llm.engine import engine_missing, engine_python, need_interpreter
 from spark_llm.errors import RefusedError
 from spark_llm.folders import Folders
 from spark_llm.high_water import HighWater, build_of
 from spark_llm.manifest import Manifest
 from spark_llm.model_folder import check_model_folder
+from spark_llm.preflight import named_models, on_hub, refusal, refuse_wrong_machine
 from spark_llm.profile import DEMO_MODEL, DEMOS, Engine, Profile
 from spark_llm.promises import Promises
 from spark_llm.reason import Reason
@@ -113,7 +114,7 @@ class Preparation:
         self._board.enter(State.PREFLIGHT)
         self._tick()
         self._folders.make()
-        _refuse_wrong_machine(profile, engine_python(self._settings))
+        refuse_wrong_machine(profile, engine_python(self._settings))
         model = await self._bring(profile.model, profile.revision, holding)
         draft = None
         if profile.speculative is not None and profile.speculative.model:
@@ -127,13 +128,9 @@ class Preparation:
 
     def lacking(self, profile: Profile) -> int:
         """How many of the hub's models that ``profile`` names the store lacks; a folder may still be being copied."""
-        named = [(profile.model, profile.revision)]
-        if profile.speculative is not None:
-            named.append((profile.speculative.model, profile.speculative.revision))
         return sum(
-            _on_hub(model) and self._store.locate(model, revision) is None
-            for model, revision in named
-            if model
+            on_hub(model) and self._store.locate(model, revision) is None
+            for model, revision in named_models(profile)
         )
 
     async def _bring(self, model: str, revision: str, holding: ExitStack) -> Path:
@@ -218,10 +215,7 @@ class Preparation:
                     self._board.bus.publish("warning", message=warning)
                 return account
             if verdict.action is gate.Action.REFUSE:
-                message = verdict.message
-                if verdict.reason in {Reason.DOES_NOT_FIT, Reason.MEMORY}:
-                    message += f"; needed for {account.itemised}"
-                raise RefusedError(message, reason=verdict.reason, hint=verdict.hint)
+                raise refusal(verdict, account)
             self._show_waiting(verdict.reason, verdict.message, verdict.hint)
             if verdict.reason is Reason.MEMORY:
                 self._make_room()
@@ -297,7 +291,7 @@ class Preparation:
 
     def _identity(self, model: str, revision: str, folder: Path) -> str:
         """The commit of a hub model; of a local folder, a digest of its files' names, sizes and times."""
-        if _on_hub(model):
+        if on_hub(model):
             return self._store.commit(model, revision)
         if model == DEMO_MODEL:
             return str(SEED)
@@ -339,10 +333,6 @@ def _full_disk_refused() -> Iterator[None]:
         ) from error
 
 
-def _on_hub(model: str) -> bool:
-    return model != DEMO_MODEL and not Path(model).is_absolute()
-
-
 def _engine_build(python: Path) -> str:
     try:
         return manifest.engine_build(python)
@@ -350,36 +340,6 @@ def _engine_build(python: Path) -> str:
         raise engine_missing(str(error)) from error
 
 
-def _refuse_wrong_machine(profile: Profile, python: Path) -> None:
-    if profile.nodes > 1:
-        raise RefusedError(
-            f"profile {profile.name} is for {profile.nodes} nodes and this is one",
-            reason=Reason.PEERS,
-            hint="Choose a profile for one node; `spark-llm profiles` lists them.",
-        )
-    if profile.engine is Engine.CUDA and not host.driver_version():
-        raise RefusedError(
-            f"profile {profile.name} needs an NVIDIA GPU and no driver is loaded",
-            reason=Reason.NO_GPU,
-            hint="`nvidia-smi` should list it, and `systemctl status spark-llm-driver` say that its libraries are "
-            "linked. Without a GPU, `make serve` in a checkout runs the demo on the CPU.",
-        )
-    kind = manifest.engine_kind(python)
-    if kind and kind is not profile.engine:
-        raise RefusedError(
-            f"profile {profile.name} is for the {profile.engine} build of vLLM, and {python} has the {kind} build",
-            reason=Reason.WRONG_ENGINE,
-            hint=f"`--profile {DEMOS[kind]}` is the demo for it; engine.python names another engine.",
-        )
-
-
 def default_profile(settings: Settings) -> str:
     """What is served when nobody says: the demo for the build of vLLM that is there."""
     return DEMOS[manifest.engine_kind(engine_python(settings)) or Engine.CPU]
-
-
-def engine_python(settings: Settings) -> Path:
-    """The interpreter that has vLLM: as configured, else ``.venv-engine`` of the checkout this runs from."""
-    if settings.engine.python:
-        return Path(settings.engine.python)
-    return Path(__file__).parents[3] / ".venv-engine" / "bin" / "python"

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+from spark_llm.profile import Profile
 from spark_llm.reason import Reason
 from spark_llm.status import Status
 
@@ -58,3 +59,20 @@ class Switch:
     def broken_off(self, reason: Reason, message: str, hint: str = "") -> "Switch":
         """It ended before either was proven."""
         return replace(self, outcome="failed", reason=reason, message=message, hint=hint)
+
+
+def steps(before: Profile, after: Profile, *, running: int, drain_timeout_s: float) -> list[str]:
+    """What a switch does, in words.
+
+    Args:
+        before: what is served.
+        after: what shall be.
+        running: requests at the engine now.
+        drain_timeout_s: longest time for them to end, in seconds.
+    """
+    return [
+        f"drain {before.name} ({running} requests run, at most {drain_timeout_s:g} s)",
+        "stop its engine and wait until its memory is back",
+        f"start {after.name} ({after.model}) and ask its canary",
+        f"return to {before.name} if that fails",
+    ]

@@ -136,8 +136,8 @@ class Operator:
     async def _switch(self, request: Request) -> Response:
         asked = await read_json(request, SwitchRequest, self._body_timeout_s)
         if asked.dry_run:
-            return JSONResponse({"steps": self._controller.plan_switch(asked.profile)})
-        return JSONResponse({"switch": asdict(self._controller.switch(asked.profile))}, 202)
+            return JSONResponse({"steps": await self._controller.plan_switch(asked.profile)})
+        return JSONResponse({"switch": asdict(await self._controller.switch(asked.profile))}, 202)
 
     async def _canary(self, _: Request) -> Response:
         try:

@@ -127,8 +127,7 @@ class Transfer:
         )
 
     def _attempts(self, ask: Callable[[], worker.Message]) -> Iterator[worker.Message]:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in _YES:
-            raise _offline(self._request)
+        refuse_offline(self._request.model, self._request.revision)
         common = {
             "model": self._request.model,
             "endpoint": self._request.endpoint,
@@ -190,10 +189,18 @@ def partial_size(part: Path) -> int:
         return 0
 
 
-def _offline(request: Request) -> RefusedError:
-    """spark-llm.service sets HF_HUB_OFFLINE: it reaches loopback only, and another unit has network and token."""
-    name = f"{request.model}@{request.revision}" if request.revision else request.model
-    return RefusedError(
+def refuse_offline(model: str, revision: str) -> None:
+    """Raise where HF_HUB_OFFLINE is set.
+
+    spark-llm.service sets it: it reaches loopback only, and another unit has network and token.
+
+    Raises:
+        RefusedError: how to fetch it then.
+    """
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in _YES:
+        return
+    name = f"{model}@{revision}" if revision else model
+    raise RefusedError(
         f"{name} is not in the store, and this process may not fetch it (HF_HUB_OFFLINE)",
         reason=Reason.MODEL_MISSING,
         hint=f'Fetch it: sudo systemctl start "spark-llm-fetch@$(systemd-escape {name})"; spark-llm goes on by itself '
