@@ -58,7 +58,17 @@ class Puller:
         return Pulled(tuple(self.store.fetch(request)))
 
 
-def import_bundle(root: Path, file: Path, *, reserve_bytes: int = 0, sha256: str = "") -> Receipt:
+def import_bundle(
+    root: Path,
+    file: Path,
+    *,
+    reserve_bytes: int = 0,
+    sha256: str = "",
+    allow_pickle: bool = False,
+) -> Receipt:
     """What the command does with a bundle."""
-    with file.open("rb") as stream, unbundle.opened(stream, file.name, sha256=sha256) as bundle:
+    with (
+        file.open("rb") as stream,
+        unbundle.opened(stream, file.name, sha256=sha256, allow_pickle=allow_pickle) as bundle,
+    ):
         return bundle.receive(root, reserve_bytes=reserve_bytes)

@@ -1,11 +1,13 @@
 """Bundles: a model in one file, and everything a bad file can try."""
 
+import hashlib
 import io
 import json
 import tarfile
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
@@ -134,15 +136,15 @@ def repack(bundle: Path, change: Callable[[Members], None]) -> None:
     bundle.write_bytes(zstandard.ZstdCompressor().compress(out.getvalue()))
 
 
-def index_of(members: Members, change: Callable[[dict[str, object]], None]) -> None:
+def index_of(members: Members, change: Callable[[dict[str, Any]], None]) -> None:
     index = json.loads(members[0][1])
     change(index)
     members[0] = (members[0][0], json.dumps(index).encode())
 
 
 def traversal(members: Members) -> None:
-    def change(index: dict[str, object]) -> None:
-        index["files"][0]["path"] = "../../../evil"  # type: ignore[index]  # a list of objects
+    def change(index: dict[str, Any]) -> None:
+        index["files"][0]["path"] = "../../../evil"
 
     index_of(members, change)
     members[1][0].name = "files/../../../evil"
@@ -231,6 +233,49 @@ def test_a_bad_bundle_is_refused(
     assert {path for path in tmp_path.rglob("*") if other.root not in path.parents} - before <= {
         other.root
     }
+
+
+def with_pickle(members: Members, content: bytes = b"\x80\x04evil") -> None:
+    """Adds a pickle to the list and to the archive."""
+    digest = hashlib.sha256(content).hexdigest()
+
+    def change(index: dict[str, Any]) -> None:
+        index["files"].append({"path": "model.bin", "size": len(content), "sha256": digest})
+
+    index_of(members, change)
+    members.append((tarfile.TarInfo("files/model.bin"), content))
+
+
+def only_pickle(members: Members) -> None:
+    with_pickle(members)
+    members[:] = [member for member in members if not member[0].name.endswith(".safetensors")]
+
+    def change(index: dict[str, Any]) -> None:
+        index["files"] = [f for f in index["files"] if not f["path"].endswith(".safetensors")]
+
+    index_of(members, change)
+
+
+def test_pickles_need_a_word(exported: Path, other: Store) -> None:
+    """A bundle whose weights are pickles is refused as a pull of them is, unless they are allowed."""
+    repack(exported, only_pickle)
+    with pytest.raises(SparkLlmError, match="pickles only") as caught:
+        import_bundle(other.root, exported)
+    assert caught.value.reason is Reason.MODEL_UNSAFE
+    assert other.models() == []
+    import_bundle(other.root, exported, allow_pickle=True)
+    assert ((other.locate(MODEL) or Path()) / "model.bin").is_file()
+
+
+@pytest.mark.parametrize("allow_pickle", [False, True])
+def test_pickles_beside_safetensors_are_left_out(
+    exported: Path, pull: Puller, other: Store, *, allow_pickle: bool
+) -> None:
+    """What a pull does not fetch an import does not keep, whatever its size."""
+    repack(exported, lambda members: with_pickle(members, bytes(2**20)))
+    proof = import_bundle(other.root, exported, allow_pickle=allow_pickle)
+    assert proof.files == pull.store.receipt(MODEL).files
+    assert not ((other.locate(MODEL) or Path()) / "model.bin").exists()
 
 
 def header(kind: bytes, size: int, name: str = "x") -> bytes:

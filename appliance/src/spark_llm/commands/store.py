@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from spark_llm.store import Request
 
 Model = Annotated[str, typer.Argument(help="ORG/NAME, or ORG/NAME@REVISION.", metavar="MODEL")]
+AllowPickle = Annotated[
+    bool,
+    typer.Option("--allow-pickle", help="Accept weights whose loading runs their author's code."),
+]
 bundle_app = typer.Typer(help="Carry models to machines without a network.", no_args_is_help=True)
 
 
@@ -46,12 +50,7 @@ def pull(  # noqa: PLR0913, PLR0917  typer: one parameter an option
             help="Link files from this folder or Hugging Face cache instead of fetching them."
         ),
     ] = None,
-    allow_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--allow-pickle", help="Accept weights whose loading runs their author's code."
-        ),
-    ] = False,
+    allow_pickle: AllowPickle = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be fetched.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print events, one JSON object a line.")
@@ -233,6 +232,7 @@ def import_(
             help="The checksum that export printed; compared before the model becomes visible."
         ),
     ] = "",
+    allow_pickle: AllowPickle = False,
     config: Config = None,
 ) -> None:
     """Bring a model from a bundle into the store; it is verified before it becomes visible."""
@@ -244,7 +244,7 @@ def import_(
     settings, folders = load_store(config)
     with (
         unbundle.read(file) as stream,
-        unbundle.opened(stream, str(file), sha256=sha256) as bundle,
+        unbundle.opened(stream, str(file), sha256=sha256, allow_pickle=allow_pickle) as bundle,
         byte_bar(
             Console(stderr=True), f"importing {bundle.promised.model}", bundle.promised.size
         ) as advance,

@@ -40,12 +40,21 @@ class Bundle:
     """A bundle that was opened; ``opened`` makes it.
 
     Attributes:
-        promised: what it says it contains; nothing of it is proved before ``receive`` returns.
+        promised: what will be kept of it, by its own word; nothing is proved before ``receive`` returns.
     """
 
-    def __init__(self, tar: tarfile.TarFile, unpacked: "_Rationed", carrier: "_Carrier") -> None:
+    def __init__(
+        self,
+        tar: tarfile.TarFile,
+        unpacked: "_Rationed",
+        carrier: "_Carrier",
+        *,
+        allow_pickle: bool,
+    ) -> None:
         self._tar, self._unpacked, self._carrier = tar, unpacked, carrier
-        self.promised = self._index()
+        self._listed = self._index()
+        kept = plan.select(self._listed.model, self._listed.files, allow_pickle=allow_pickle)
+        self.promised = replace(self._listed, files=kept.files)
 
     def receive(
         self, root: Path, *, reserve_bytes: int, advance: Callable[[int], None] = lambda _: None
@@ -90,7 +99,6 @@ class Bundle:
             free=shutil.disk_usage(folder.root).free,
             reserve=reserve,
         )
-        plan.select(promised.model, promised.files, allow_pickle=True)
         folder.path.mkdir(parents=True, exist_ok=True)
         if folder.snapshot(promised.commit).exists():
             snapshots.unpublish(folder, promised.commit)
@@ -115,7 +123,8 @@ class Bundle:
         return proof
 
     def _extract(self, folder: Path, advance: Callable[[int], None]) -> dict[str, Stamp]:
-        expected = {FOLDER + file.path: file for file in self.promised.files}
+        expected = {FOLDER + file.path: file for file in self._listed.files}
+        kept = set(self.promised.files)
         stamps: dict[str, Stamp] = {}
         with _damaged():
             while (member := self._next()) is not None:
@@ -125,9 +134,14 @@ class Bundle:
                         f"the bundle holds {member.name!r}, which its list does not allow",
                         "Do not use it.",
                     )
+                content = self._content(member)
+                if file not in kept:
+                    while content.read(_BLOCK):
+                        pass
+                    continue
                 target = folder / file.path
                 target.parent.mkdir(parents=True, exist_ok=True)
-                digests = _copy(self._content(member), target, file.size, advance)
+                digests = _copy(content, target, file.size, advance)
                 if not file.accepts(digests):
                     raise SparkLlmError(
                         f"{file.path} in the bundle is damaged",
@@ -188,7 +202,9 @@ class Bundle:
 
 
 @contextlib.contextmanager
-def opened(stream: IO[bytes], name: str, *, sha256: str = "") -> Iterator[Bundle]:
+def opened(
+    stream: IO[bytes], name: str, *, sha256: str = "", allow_pickle: bool = False
+) -> Iterator[Bundle]:
     """The bundle in ``stream``, which is read once, from where it is to its end.
 
     Args:
@@ -196,10 +212,12 @@ def opened(stream: IO[bytes], name: str, *, sha256: str = "") -> Iterator[Bundle
         name: for messages.
         sha256: of the whole file, in hex, as export printed it; compared before the model becomes visible. Empty for
             any.
+        allow_pickle: see ``plan.select``; what a pull would not fetch is not kept.
 
     Raises:
         ConfigError: ``sha256`` is not one.
-        SparkLlmError: not a bundle, one with names that are not safe, or it cannot be read.
+        RefusedError: unsafe names, or what ``plan.select`` refuses.
+        SparkLlmError: not a bundle, or it cannot be read.
     """
     carrier = _Carrier(stream, name, sha256.strip().lower())
     with zstandard.ZstdDecompressor().stream_reader(carrier, closefd=False) as unpacked:  # type: ignore[arg-type]  # reads only
@@ -209,7 +227,7 @@ def opened(stream: IO[bytes], name: str, *, sha256: str = "") -> Iterator[Bundle
         except (tarfile.TarError, zstandard.ZstdError, EOFError) as error:
             raise _not_a_bundle(name) from error
         with tar:
-            yield Bundle(tar, rationed, carrier)
+            yield Bundle(tar, rationed, carrier, allow_pickle=allow_pickle)
 
 
 def read(file: Path) -> IO[bytes]:
