@@ -19,7 +19,7 @@ import httpx
 import report
 import targets
 import uvloop
-from spark_llm.gateway.upstream import Upstream
+from spark_llm.upstream import Upstream
 
 EVENTS = 66
 TARGET = "/v1/chat/completions"
@@ -80,7 +80,7 @@ async def compare(socket: Path, rounds: int, seconds: float) -> list[str]:
                 return sum([data.count(b"\n\n") async for data in answer.aiter_raw()])
 
         libraries: dict[str, Fetch] = {
-            f"httptools {httptools.__version__}, gateway/upstream.py": own,
+            f"httptools {httptools.__version__}, upstream.py": own,
             f"aiohttp {aiohttp.__version__}": with_aiohttp,
             f"httpx {httpx.__version__}": with_httpx,
         }

@@ -10,11 +10,11 @@ from spark_llm.admission import Limits
 from spark_llm.config import Gateway, Models, Settings
 from spark_llm.controller import Controller
 from spark_llm.folders import Folders
-from spark_llm.gateway.reply import Reply
 from spark_llm.keeper import Keeper
 from spark_llm.prepare import Preparation
 from spark_llm.profile import Profile, load_profile, shipped_folder
 from spark_llm.reason import Reason
+from spark_llm.reply import Reply
 from spark_llm.status import State
 
 pytestmark = pytest.mark.anyio

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import pytest
 from spark_llm.admission import Limits
+from spark_llm.admission_queue import AdmissionQueue
 from spark_llm.door import Door
-from spark_llm.gateway.queue import AdmissionQueue
-from spark_llm.gateway.reply import Reply
-from spark_llm.gateway.upstream import UpstreamError
 from spark_llm.keeper import Keeper
 from spark_llm.reason import Reason
+from spark_llm.reply import Reply
 from spark_llm.status import Bus, State, Status, StatusBoard
+from spark_llm.upstream import UpstreamError
 from spark_llm.watchman import Level
 
 pytestmark = pytest.mark.anyio

@@ -8,17 +8,17 @@ from dataclasses import asdict
 from typing import Any
 
 from spark_llm.admission import Limits
+from spark_llm.admission_queue import AdmissionQueue
 from spark_llm.catalogue import Catalogue, read
 from spark_llm.config import Settings
 from spark_llm.errors import ConfigError, TryAgainError
 from spark_llm.folders import Folders
-from spark_llm.gateway.queue import AdmissionQueue
-from spark_llm.gateway.reply import Reply
 from spark_llm.keeper import Keeper
 from spark_llm.preflight import refuse_hopeless
 from spark_llm.profile import Profile, load_profile
 from spark_llm.promises import Promises
 from spark_llm.reason import Reason
+from spark_llm.reply import Reply
 from spark_llm.status import SERVING, TERMINAL, Bus, State, Status, StatusBoard
 from spark_llm.switchover import Switch, steps
 

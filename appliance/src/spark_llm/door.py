@@ -1,6 +1,6 @@
 """The door of an engine that serves: open while memory is fine and the last canary was right."""
 
-from spark_llm.gateway.queue import AdmissionQueue
+from spark_llm.admission_queue import AdmissionQueue
 from spark_llm.reason import Reason
 from spark_llm.status import SERVING, State, StatusBoard
 from spark_llm.watchman import Level

@@ -8,23 +8,23 @@ from contextlib import ExitStack
 from typing import Any
 
 from spark_llm import policy
+from spark_llm.admission_queue import AdmissionQueue
 from spark_llm.argv import served_names
 from spark_llm.caches import Namespace
 from spark_llm.config import Settings
 from spark_llm.door import Door
 from spark_llm.errors import SparkLlmError
 from spark_llm.folders import Folders
-from spark_llm.gateway.queue import AdmissionQueue
-from spark_llm.gateway.reply import Reply
-from spark_llm.gateway.upstream import Upstream, UpstreamError
 from spark_llm.high_water import HighWater, Recording
 from spark_llm.prepare import Preparation
 from spark_llm.profile import Profile
 from spark_llm.promises import Promises
 from spark_llm.reason import Reason
+from spark_llm.reply import Reply
 from spark_llm.run import EngineFailedError, EngineRun
 from spark_llm.starts import Starts
 from spark_llm.status import SERVING, TERMINAL, State, StatusBoard
+from spark_llm.upstream import Upstream, UpstreamError
 
 _TICK_S = 1.0
 _CANARY_TIMEOUT_S = 180.0

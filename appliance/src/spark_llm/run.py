@@ -13,13 +13,13 @@ from spark_llm.config import Settings
 from spark_llm.engine import EngineProcess
 from spark_llm.errors import SparkLlmError
 from spark_llm.footprint import weigh
-from spark_llm.gateway.upstream import NobodyListensError, Upstream, UpstreamError
 from spark_llm.high_water import Mark
 from spark_llm.prepare import Prepared
 from spark_llm.profile import Engine
 from spark_llm.reason import Reason
 from spark_llm.scrape import parse_counters
 from spark_llm.status import StatusBoard
+from spark_llm.upstream import NobodyListensError, Upstream, UpstreamError
 from spark_llm.vitals import LoadWatch, stalled, watch
 from spark_llm.watchman import Level, Watchman
 

@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 import uvicorn
 from spark_llm.admission import Limits
+from spark_llm.admission_queue import AdmissionQueue
 from spark_llm.config import Gateway as GatewaySettings
 from spark_llm.config import Settings
 from spark_llm.controller import Controller
 from spark_llm.folders import Folders
 from spark_llm.gateway.app import Gateway
 from spark_llm.gateway.protocol import bounded_protocol
-from spark_llm.gateway.queue import AdmissionQueue
-from spark_llm.gateway.reply import Reply
-from spark_llm.gateway.upstream import Upstream
 from spark_llm.keeper import Keeper
 from spark_llm.profile import Profile, load_profile, shipped_folder
 from spark_llm.promises import Promises
 from spark_llm.reason import Reason
+from spark_llm.reply import Reply
 from spark_llm.status import State
+from spark_llm.upstream import Upstream
 
 from tests.stub_engine import Stub
 

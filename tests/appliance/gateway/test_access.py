@@ -6,7 +6,7 @@ import aiohttp
 import pytest
 from spark_llm import keys
 from spark_llm.gateway.access import check
-from spark_llm.gateway.reply import Reply
+from spark_llm.reply import Reply
 
 from tests.appliance.gateway.conftest import Running
 

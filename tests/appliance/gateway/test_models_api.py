@@ -10,7 +10,7 @@ import pytest
 from spark_llm.errors import SparkLlmError
 from spark_llm.gateway.app import _answer_error, _answer_reply
 from spark_llm.gateway.models_api import routes
-from spark_llm.gateway.reply import Reply
+from spark_llm.reply import Reply
 from spark_llm.store.jobs import Jobs
 from starlette.applications import Starlette
 

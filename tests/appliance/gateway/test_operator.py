@@ -11,8 +11,8 @@ from spark_llm import keys
 from spark_llm.errors import ConfigError, RefusedError, SparkLlmError, TryAgainError
 from spark_llm.gateway.body import read_json
 from spark_llm.gateway.operator import SwitchRequest
-from spark_llm.gateway.reply import Reply, reply_of
 from spark_llm.reason import Reason
+from spark_llm.reply import Reply, reply_of
 from spark_llm.store import BusyError
 from starlette.requests import Request
 from starlette.types import Message

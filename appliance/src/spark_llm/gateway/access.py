@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from spark_llm import keys
-from spark_llm.gateway.reply import Reply
-from spark_llm.gateway.wire import Headers
 from spark_llm.reason import Reason
+from spark_llm.reply import Reply
+from spark_llm.upstream import Headers
 
 _LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".home.arpa")
 """Names that nobody can register (RFC 6761, 6762, 8375, and .internal as ICANN reserved it)."""

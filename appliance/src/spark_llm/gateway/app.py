@@ -17,10 +17,10 @@ from spark_llm.gateway import access
 from spark_llm.gateway.metrics import Metrics
 from spark_llm.gateway.operator import Operator
 from spark_llm.gateway.proxy import ROUTES, Proxy, Receive, Scope, Send
-from spark_llm.gateway.reply import Reply, reply_of
-from spark_llm.gateway.upstream import UpstreamError
 from spark_llm.gateway.wire import error_body
 from spark_llm.reason import Reason
+from spark_llm.reply import Reply, reply_of
+from spark_llm.upstream import UpstreamError
 
 _SCRAPE_TIMEOUT_S = 5.0
 

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from spark_llm.gateway.reply import Reply
-from spark_llm.gateway.wire import Headers
 from spark_llm.reason import Reason
+from spark_llm.reply import Reply
+from spark_llm.upstream import Headers
 from spark_llm.validation import explain
 
 T = TypeVar("T", bound=BaseModel)

@@ -18,16 +18,16 @@ from typing import Any, Protocol
 
 from starlette.requests import ClientDisconnect
 
+from spark_llm.admission_queue import CUT, AdmissionQueue
 from spark_llm.config import Gateway
 from spark_llm.gateway.body import BodyBudget, read_body
 from spark_llm.gateway.metrics import Metrics
 from spark_llm.gateway.protocol import CLIENT, Client
-from spark_llm.gateway.queue import CUT, AdmissionQueue
-from spark_llm.gateway.reply import Reply
 from spark_llm.gateway.scheduling import Scheduling
-from spark_llm.gateway.upstream import Response, UnreachableError, Upstream, UpstreamError
-from spark_llm.gateway.wire import Headers, aborted, aborted_in, error_body, error_event
+from spark_llm.gateway.wire import aborted, aborted_in, error_body, error_event
 from spark_llm.reason import Reason
+from spark_llm.reply import Reply
+from spark_llm.upstream import Headers, Response, UnreachableError, Upstream, UpstreamError
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

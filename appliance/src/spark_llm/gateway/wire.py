@@ -6,8 +6,6 @@ from typing import Any
 
 from spark_llm.reason import Reason
 
-Headers = list[tuple[bytes, bytes]]
-
 _OPENAI_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from spark_llm.admission import Admission, Limits, Rejected, Ticket
-from spark_llm.gateway.reply import Reply
 from spark_llm.reason import Reason
+from spark_llm.reply import Reply
 
 CUT = "cut"
 """Why a request's task is cancelled: the drain's time is up."""

@@ -14,8 +14,8 @@ from typing import cast
 
 import httptools
 
-from spark_llm.gateway.wire import Headers
-
+Headers = list[tuple[bytes, bytes]]
+"""Names in lower case, in the order in which they came."""
 _READ_AHEAD = 256 * 1024
 """Bytes read ahead of a slow client before the engine is made to wait (back-pressure)."""
 _IDLE_LIMIT_S = 4.0

@@ -5,9 +5,9 @@ import aiohttp
 import anyio
 import pytest
 from spark_llm.admission import Limits
-from spark_llm.gateway.queue import AdmissionQueue
-from spark_llm.gateway.reply import Reply
+from spark_llm.admission_queue import AdmissionQueue
 from spark_llm.reason import Reason
+from spark_llm.reply import Reply
 
 from tests.appliance.gateway.conftest import running_gateway
 
