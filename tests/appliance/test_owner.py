@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from spark_llm.errors import RefusedError
 from spark_llm.install import COMMAND, Site, wanted
-from spark_llm.owner import act_as_owner
+from spark_llm.owner import act_as_owner, open_first
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
 OTHER = 4321
@@ -44,6 +44,43 @@ def test_root_goes_on_as_the_owner(short_path: Path) -> None:
     assert done.stdout.strip() == f"[{OTHER}, {OTHER}, {OTHER}, []]"
     made = (folder / "made").stat()
     assert (made.st_uid, made.st_gid, made.st_mode & 0o777) == (OTHER, OTHER, 0o660)
+
+
+READ = """
+import os, sys
+from pathlib import Path
+from spark_llm.owner import open_first
+from spark_llm.errors import SparkLlmError
+try:
+    descriptor = open_first(Path(sys.argv[1]), Path(sys.argv[2]))
+    print(os.read(descriptor, 9).decode(), os.geteuid())
+except SparkLlmError as error:
+    print(error.message, os.geteuid())
+"""
+
+
+def test_what_root_may_read_is_opened_first(short_path: Path) -> None:
+    """A file that only the caller may read is open when the rights are gone; the owner's links lead root nowhere."""
+    short_path.chmod(0o755)
+    state, secret = short_path / "state", short_path / "home" / "file"
+    secret.parent.mkdir(mode=0o700)
+    secret.write_text("secret")
+    state.mkdir(mode=0o750)
+    (state / "file").symlink_to(secret)
+    (state / "folder").symlink_to(secret.parent)
+    os.chown(state, OTHER, OTHER)
+
+    def read(path: Path) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", READ, path, state], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    assert read(secret) == f"secret {OTHER}"
+    for link in (state / "file", state / "folder" / "file"):
+        assert read(link) == f"cannot read {link}: Permission denied {OTHER}"
+    descriptor = open_first(secret, short_path / "none")
+    assert os.read(descriptor, 9) == b"secret", "where there is no store yet root stays root"
+    os.close(descriptor)
 
 
 def test_nothing_changes_where_nothing_must(tmp_path: Path) -> None:

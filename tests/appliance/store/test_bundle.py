@@ -3,6 +3,9 @@
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 from collections.abc import Callable
@@ -370,3 +373,43 @@ def test_a_bundle_that_does_not_fit_is_refused_first(exported: Path, other: Stor
         import_bundle(other.root, exported, reserve_bytes=2**62)
     assert caught.value.reason is Reason.NO_DISK
     assert [path.name for path in other.root.iterdir()] == [".locks"]
+
+
+AS_OWNER = """
+import encodings.ascii, os, sys  # before the owner acts, who may not see this interpreter
+from pathlib import Path
+import rich.console
+from spark_llm.commands import progress_view, store
+from spark_llm.errors import SparkLlmError
+from spark_llm.store import bundle, unbundle
+file, target = map(Path, sys.argv[1:])
+store.import_(file, config=None)
+try:
+    store.export_bundle("org/name", target, config=None)
+except SparkLlmError as error:
+    print(os.geteuid(), error.reason, error.hint)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_root_carries_for_the_service(exported: Path, short_path: Path) -> None:
+    """A bundle in a closed home is imported all the same; where the service may not write, the hint says what to do."""
+    other = 4321
+    exported.parent.chmod(0o700)
+    short_path.chmod(0o755)
+    state = short_path / "state"
+    state.mkdir(mode=0o750)
+    os.chown(state, other, other)
+    done = subprocess.run(
+        [sys.executable, "-c", AS_OWNER, exported, exported.with_name("again")],
+        env={**os.environ, "STATE_DIRECTORY": str(state), "SPARK_LLM_STORE__RESERVE_BYTES": "0"},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    imported, refused = done.stdout.splitlines()
+    assert imported.endswith("3 files, verified")
+    assert refused.startswith(f"{other} {Reason.UNWRITABLE_DIRECTORY} ")
+    assert "/var/tmp" in refused  # noqa: S108  part of the hint
+    weights = (Store(state / "models").locate(MODEL) or Path()) / "model.safetensors"
+    assert weights.stat().st_uid == other

@@ -98,6 +98,19 @@ def test_a_life_with_one_model(shell: Shell, hub: LocalHub, tmp_path: Path) -> N
     assert hub.seen == []
 
 
+def test_a_pull_adopts_a_folder(shell: Shell, hub: LocalHub, store: Store, tmp_path: Path) -> None:
+    """The folder is named as the caller sees it, and opened for the process that fetches; none is an error."""
+    folder = tmp_path / "copied"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(FILES["model.safetensors"])  # type: ignore[arg-type]  # bytes here
+    assert "cannot read" in shell("pull", MODEL, "--adopt", str(folder / "none")).stderr
+    adopted = shell("pull", MODEL, "--adopt", str(folder))
+    assert adopted.returncode == 0, adopted.stderr
+    assert hub.downloads("model.safetensors") == []
+    weights = next((store.root.parent / "models" / "org--name").rglob("model.safetensors"))
+    assert weights.samefile(folder / "model.safetensors")
+
+
 def test_a_pull_on_a_terminal_draws_bars(shell: Shell, hub: LocalHub) -> None:
     """A person sees a bar for everything and one for each file that moves, with speed and time left."""
     hub.fault("trickle")

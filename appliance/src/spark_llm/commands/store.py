@@ -1,5 +1,6 @@
 """``spark-llm pull | verify | models | rm | bundle``: models on this machine."""
 
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from spark_llm.commands.common import Config, Json, load_store, print_json
+from spark_llm.commands.common import Config, Json, load, load_store, print_json
 
 if TYPE_CHECKING:
     from spark_llm.config import Settings
@@ -47,7 +48,7 @@ def pull(  # noqa: PLR0913, PLR0917  typer: one parameter an option
     adopt: Annotated[
         Path | None,
         typer.Option(
-            help="Link files from this folder or Hugging Face cache instead of fetching them."
+            help="Take files from this folder or Hugging Face cache instead of fetching them."
         ),
     ] = None,
     allow_pickle: AllowPickle = False,
@@ -63,21 +64,27 @@ def pull(  # noqa: PLR0913, PLR0917  typer: one parameter an option
     from rich.console import Console
 
     from spark_llm.commands.progress_view import shown
+    from spark_llm.owner import act_as_owner, open_first
     from spark_llm.store import Failure, Result, Store
     from spark_llm.store.plan import gigabytes
     from spark_llm.store.progress import duration, encode
 
-    settings, folders = load_store(config)
+    settings, folders = load(config)
+    given: tuple[int, ...] = ()
+    if adopt:
+        given = (open_first(adopt, folders.state, os.O_DIRECTORY),)
+    else:
+        act_as_owner(folders.state)
     request = replace(
         fetch_request(settings, folders.models, model),
         refresh=True,
         allow_pickle=allow_pickle,
         dry_run=dry_run,
-        adopt=str(adopt.absolute()) if adopt else "",
+        adopt=f"/proc/self/fd/{given[0]}" if given else "",
     )
     last = None
     with shown(Console(stderr=True)) as show:
-        for event in Store(folders.models).fetch(request):
+        for event in Store(folders.models).fetch(request, pass_fds=given):
             if as_json:
                 sys.stdout.write(encode(event) + "\n")
                 sys.stdout.flush()
@@ -239,11 +246,12 @@ def import_(
     from rich.console import Console
 
     from spark_llm.commands.progress_view import byte_bar
+    from spark_llm.owner import open_first
     from spark_llm.store import unbundle
 
-    settings, folders = load_store(config)
+    settings, folders = load(config)
     with (
-        unbundle.read(file) as stream,
+        os.fdopen(open_first(file, folders.state), "rb") as stream,
         unbundle.opened(stream, str(file), sha256=sha256, allow_pickle=allow_pickle) as bundle,
         byte_bar(
             Console(stderr=True), f"importing {bundle.promised.model}", bundle.promised.size

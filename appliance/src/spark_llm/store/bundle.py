@@ -67,6 +67,12 @@ def export(
             reason=Reason.MODEL_BUSY,
             hint=f"Remove {temporary}.",
         ) from None
+    except PermissionError as error:
+        raise RefusedError(
+            f"cannot write {target}: {error.strerror}",
+            reason=Reason.UNWRITABLE_DIRECTORY,
+            hint="Root acts as the store's user here. Write it to /var/tmp, say, and move it.",
+        ) from error
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise SparkLlmError(

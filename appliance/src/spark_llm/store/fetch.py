@@ -232,12 +232,20 @@ class Fetch:
             self.request, commit, wanted
         )
         missing = [file for file in wanted if file.path not in linkable]
+        copied = sum(
+            file.size
+            for file in wanted
+            if file.path in linkable and adopt.is_copied(linkable[file.path], self.folder.root)
+        )
         needed = sum(
             file.size - min(partial_size(incoming.part(file.path)), file.size) for file in missing
         )
         free = shutil.disk_usage(self.folder.root).free
         plan.check_disk(
-            self.request.model, needed=needed, free=free, reserve=self.request.reserve_bytes
+            self.request.model,
+            needed=needed + copied,
+            free=free,
+            reserve=self.request.reserve_bytes,
         )
         if self.request.dry_run:
             return Result(
@@ -251,7 +259,7 @@ class Fetch:
             )
         snapshots.write_plan(incoming, files)
         snapshots.record(self.folder, self.request.branch, commit)
-        stamps |= adopt.link(linkable, incoming, wanted)
+        stamps |= adopt.take(linkable, self.folder.root, incoming, wanted)
         stamps |= self._hub.bring(incoming, files, stamps)
         source = "adopted" if self.request.adopt else "hub"
         proof = Receipt(

@@ -17,7 +17,7 @@ class Request:
         revision: branch, tag or commit; empty means the hub's default branch.
         refresh: ask the hub what a branch stands for now; False keeps to what was recorded.
         allow_pickle: accept weights whose loading runs code.
-        adopt: folder or hub cache to take files from without copying; empty for none.
+        adopt: folder or hub cache to take files from, see ``adopt``; empty for none.
         dry_run: stop before the first byte and say what would be fetched.
         endpoint: see ``config.Store``, as all below; the settings have the defaults, and only they.
         token_file: a path, never the token.

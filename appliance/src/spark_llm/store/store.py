@@ -120,13 +120,20 @@ class Store:
         with ModelFolder(self.root, model).use_lock.hold(reason, shared=True):
             yield
 
-    def fetch(self, request: Request) -> Iterator[Event]:
+    def fetch(self, request: Request, *, pass_fds: tuple[int, ...] = ()) -> Iterator[Event]:
         """Events of a fetching process, started for ``request`` and stopped when the iterator is.
 
         The last one is a ``Result`` or a ``Failure``, whatever happens to the process.
+
+        Args:
+            request: what to bring.
+            pass_fds: descriptors that its paths name, as ``/proc/self/fd/N``.
         """
         process = subprocess.Popen(  # noqa: S603  our own module
-            request.command(), stdout=subprocess.PIPE, stdin=subprocess.DEVNULL
+            request.command(),
+            stdout=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            pass_fds=pass_fds,
         )
         assert process.stdout is not None  # noqa: S101  for the type checker: it is a pipe
         ended = False

@@ -230,18 +230,6 @@ def opened(
             yield Bundle(tar, rationed, carrier, allow_pickle=allow_pickle)
 
 
-def read(file: Path) -> IO[bytes]:
-    """``file``, opened for ``opened``.
-
-    Raises:
-        SparkLlmError: it cannot be read.
-    """
-    try:
-        return file.open("rb")
-    except OSError as error:
-        raise _unreadable(str(file), error) from error
-
-
 class _Carrier:
     """The compressed file, hashed as it is read.
 
@@ -263,7 +251,9 @@ class _Carrier:
         try:
             block = self._stream.read(size)
         except OSError as error:
-            raise _unreadable(self.name, error) from error
+            raise SparkLlmError(
+                f"cannot read {self.name}: {error.strerror}", reason=Reason.MODEL_MISSING
+            ) from error
         if self._expected:
             self._hash.update(block)
         return block
@@ -333,10 +323,6 @@ def _damaged() -> Iterator[None]:
             reason=Reason.MODEL_CORRUPT,
             hint="Copy the bundle again.",
         ) from error
-
-
-def _unreadable(name: str, error: OSError) -> SparkLlmError:
-    return SparkLlmError(f"cannot read {name}: {error.strerror}", reason=Reason.MODEL_MISSING)
 
 
 def _not_a_bundle(name: str) -> SparkLlmError:
