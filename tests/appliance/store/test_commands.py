@@ -34,7 +34,7 @@ class Shell:
 
     def __call__(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            [sys.executable, "-c", PROGRAM, *arguments],
+            [sys.executable, "-P", "-c", PROGRAM, *arguments],
             check=False, capture_output=True, text=True, timeout=60, env=self.environment,
         )  # fmt: skip
 
@@ -96,6 +96,17 @@ def test_a_life_with_one_model(shell: Shell, hub: LocalHub, tmp_path: Path) -> N
     assert imported.returncode == 0, imported.stderr
     assert json.loads(shell("verify", MODEL, "--full", "--json").stdout)["ok"] is True
     assert hub.seen == []
+
+
+def test_nothing_is_imported_from_where_the_command_was_called(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder that others write to may hold modules named like the standard library's."""
+    for name in ("json", "sys", "selectors", "huggingface_hub"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(tmp_path)
+    pulled = shell("pull", MODEL)
+    assert pulled.returncode == 0, pulled.stderr
 
 
 def test_a_pull_adopts_a_folder(shell: Shell, hub: LocalHub, store: Store, tmp_path: Path) -> None:

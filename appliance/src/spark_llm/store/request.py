@@ -47,8 +47,11 @@ class Request:
     xet: bool
 
     def command(self) -> list[str]:
-        """The process that serves this request; its arguments hold no secret."""
-        return [sys.executable, "-m", "spark_llm.store.fetch", json.dumps(asdict(self))]
+        """The process that serves this request; its arguments hold no secret.
+
+        ``-P``: what lies in the folder where the command was called must not be imported.
+        """
+        return [sys.executable, "-P", "-m", "spark_llm.store.fetch", json.dumps(asdict(self))]
 
     @property
     def branch(self) -> str:

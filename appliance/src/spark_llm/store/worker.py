@@ -68,7 +68,7 @@ def messages(
     """
     complaints = tempfile.TemporaryFile()  # noqa: SIM115  closed below; not a pipe, which could fill up
     process = subprocess.Popen(
-        [sys.executable, "-m", "spark_llm.store.hub"],
+        [sys.executable, "-P", "-m", "spark_llm.store.hub"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=complaints,
