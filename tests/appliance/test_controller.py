@@ -11,10 +11,12 @@ from spark_llm.config import Gateway, Models, Settings
 from spark_llm.controller import Controller
 from spark_llm.folders import Folders
 from spark_llm.keeper import Keeper
+from spark_llm.policy import Failure
 from spark_llm.prepare import Preparation
 from spark_llm.profile import Profile, load_profile, shipped_folder
 from spark_llm.reason import Reason
 from spark_llm.reply import Reply
+from spark_llm.starts import Starts
 from spark_llm.status import State
 
 pytestmark = pytest.mark.anyio
@@ -33,13 +35,15 @@ def _profile(name: str, sequences: int = 64) -> Profile:
     return demo.model_copy(update={"name": name, "aliases": (), "max_num_seqs": sequences})
 
 
-def _controller(folder: Path, models: Models | None = None) -> Controller:
+def _controller(
+    folder: Path, models: Models | None = None, limits: Limits | None = None
+) -> Controller:
     settings = Settings(models=models or Models())
     return Controller(
         settings,
         _profile("first"),
         Folders(folder, folder, folder, (folder, shipped_folder())),
-        Limits(),
+        limits or Limits(),
     )
 
 
@@ -189,3 +193,135 @@ def test_owner_can_lower_the_places(max_running: int, places: int) -> None:
     """gateway.max_running counts where it is lower than what the engine takes, and 0 leaves it to the engine."""
     settings = Settings(gateway=Gateway(max_running=max_running))
     assert reload.limits(settings).for_engine(4).max_running == places
+
+
+class _Failing(Keeper):
+    """A keeper whose model fails its canary as soon as it is started."""
+
+    def start(self) -> None:
+        self._note_failure(Reason.CANARY)
+        self.board.enter(State.FAILED, Reason.CANARY, "an empty answer")
+        self.settled.set()
+
+
+class _Loading(Keeper):
+    """A keeper that loads until somebody says that it is settled."""
+
+    def start(self) -> None:
+        self.board.enter(State.LOADING)
+
+
+def _on_demand(folder: Path, limits: Limits | None = None, ttl_s: float = 0.0) -> Controller:
+    """A controller that knows the profile ``a`` and may load it."""
+    (folder / "a.toml").write_text('extends = "demo"\n')
+    return _controller(folder, Models(on_demand=True, max_loaded=3, ttl_s=ttl_s), limits)
+
+
+def _let_pass(controller: Controller, seconds: float) -> None:
+    """As if the failures of ``a`` were ``seconds`` older."""
+    account = controller._retries.account("a")
+    account[:] = [Failure(item.at - seconds, item.reason) for item in account]
+
+
+async def test_failed_model_is_loaded_again_when_it_is_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that failed is refused until the time that Retry-After names, and then loaded anew."""
+    monkeypatch.setattr("spark_llm.controller.Keeper", _Failing)
+    controller = _on_demand(tmp_path)
+    for _ in range(2):
+        with pytest.raises(Reply, match="an empty answer") as refused:
+            await controller.load("a")
+        assert (refused.value.status, refused.value.reason) == (503, Reason.CANARY)
+        assert refused.value.retry_after_s == 2
+        assert len(controller._retries.account("a")) == 1, "a request too early started an engine"
+    monkeypatch.setattr("spark_llm.controller.Keeper", _Settled)
+    _let_pass(controller, 2)
+    assert (await controller.load("a")).state is State.READY
+
+
+async def test_requests_cannot_start_engines_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However patiently clients come back, a model that fails is started no more often than the budget allows."""
+    monkeypatch.setattr("spark_llm.controller.Keeper", _Failing)
+    controller = _on_demand(tmp_path)
+    window = Settings().engine.restart_window_s
+    passed, starts = 0.0, []
+    while passed < 2 * window:
+        before = controller.others.get("a")
+        with pytest.raises(Reply) as refused:
+            await controller.load("a")
+        if controller.others["a"] is not before:
+            starts.append(passed)
+        assert refused.value.retry_after_s is not None
+        passed += refused.value.retry_after_s
+        _let_pass(controller, refused.value.retry_after_s)
+    budget = Settings().engine.restart_budget
+    assert len([at for at in starts if at < window]) == budget + 1
+    assert len(starts) > budget + 1, "it is tried again after the window"
+
+
+async def test_failed_model_is_unloaded_and_its_failures_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What failed leaves its place after the time to live, too, and is started again no sooner for that."""
+    monkeypatch.setattr("spark_llm.controller.Keeper", _Failing)
+    controller = _on_demand(tmp_path, ttl_s=1e-3)
+    with pytest.raises(Reply):
+        await controller.load("a")
+    controller.others["a"].used_at = 0.0
+    tidy = asyncio.create_task(controller._unload_idle())
+    while controller.others:
+        await asyncio.sleep(0)
+    tidy.cancel()
+    with pytest.raises(Reply) as refused:
+        await controller.load("a")
+    assert refused.value.retry_after_s == 2
+    assert controller.others == {}
+
+
+async def test_all_requests_wait_for_a_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that comes while its model is being loaded waits like the one that began it."""
+    monkeypatch.setattr("spark_llm.controller.Keeper", _Loading)
+    controller = _on_demand(tmp_path)
+    loads = [asyncio.create_task(controller.load("a")) for _ in range(3)]
+    while "a" not in controller.others or controller.others["a"].waiting_to_load < len(loads):
+        await asyncio.sleep(0)
+    keeper = controller.others["a"]
+    keeper.board.enter(State.READY)
+    keeper.settled.set()
+    assert await asyncio.gather(*loads) == [keeper] * len(loads)
+
+
+@pytest.mark.parametrize(("limit_s", "patience_s"), [(600.0, 1e-3), (1e-3, None), (1e-3, 60.0)])
+async def test_wait_for_a_load_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit_s: float, patience_s: float | None
+) -> None:
+    """Nobody waits for a load longer than the client does or the queue's limit says; the load goes on."""
+    monkeypatch.setattr("spark_llm.controller.Keeper", _Loading)
+    controller = _on_demand(tmp_path, Limits(queue_timeout_s=limit_s))
+    with pytest.raises(Reply) as refused:
+        await controller.load("a", patience_s)
+    assert (refused.value.status, refused.value.reason) == (503, Reason.DEADLINE)
+    assert refused.value.retry_after_s == 30
+    assert controller.others["a"].state is State.LOADING
+    assert controller.others["a"].waiting_to_load == 0
+
+
+async def test_load_that_takes_too_long_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who will not wait as long as the load is expected to take is told so at once, and when to come back."""
+    monkeypatch.setattr("spark_llm.controller.Keeper", _Loading)
+    Starts(tmp_path / "starts.json").took("a", 40.0)
+    controller = _on_demand(tmp_path)
+    with pytest.raises(Reply) as refused:
+        await controller.load("a", 39.0)
+    assert (refused.value.reason, refused.value.retry_after_s) == (Reason.DEADLINE, 40)
+    controller.others["a"].board.progress(eta_s=60.5)
+    with pytest.raises(Reply) as refused:
+        await controller.load("a", 41.0)
+    assert refused.value.retry_after_s == 61

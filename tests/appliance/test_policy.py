@@ -20,6 +20,7 @@ from spark_llm.policy import (
     follow,
     liveness,
     name_cause,
+    next_try,
     readiness,
 )
 from spark_llm.reason import Reason
@@ -251,3 +252,23 @@ def test_each_check_alone_makes_unready(facts: ReadyFacts, failing: str) -> None
 def test_ready() -> None:
     """With every check passed there is nothing left to name."""
     assert all(check.ok for check in readiness(READY, RULES))
+
+
+def _died(*at: float) -> list[Failure]:
+    return [Failure(when, Reason.CANARY) for when in at]
+
+
+def test_next_try_backs_off_within_the_budget() -> None:
+    """Each failure within the window makes the next try wait longer, whatever its cause; none, and it may be now."""
+    assert next_try([], 100.0, RULES) == 100.0
+    assert next_try(_died(100.0), 100.0, RULES) == 102.0
+    assert next_try(_died(90.0, 100.0), 100.0, RULES) == 106.0
+    assert next_try(_died(90.0, 100.0), 5000.0, RULES) == 5000.0
+
+
+def test_next_try_after_the_budget_waits_for_the_window() -> None:
+    """With the budget used up, the next try waits until the oldest failure that is too many has left the window."""
+    failures = _died(0.0, 2.0, 8.0, 26.0)
+    assert next_try(failures[:3], 8.0, RULES) == 26.0
+    assert next_try(failures, 26.0, RULES) == RULES.restart_window_s
+    assert next_try(_died(5.0), 5.0, Rules(restart_budget=0)) == 5.0 + RULES.restart_window_s

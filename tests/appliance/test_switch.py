@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from spark_llm import host
+from spark_llm.demo_model import write_demo_model
 
 from tests.appliance.service import (
     Service,
@@ -182,6 +183,29 @@ def test_model_that_fails_to_load_is_a_503(short_path: Path) -> None:
         code, body = running.post(CHAT, {"model": "other"})
         assert (code, body["error"]["code"]) == (503, "canary")
         assert running.post(CHAT, {"model": "default"})[0] == 200
+
+
+def test_model_that_failed_is_loaded_again(short_path: Path) -> None:
+    """A model that could not be loaded is loaded by a later request, once what was in the way is cured."""
+    model = short_path / "model"
+    with _two_profiles(short_path, **ON_DEMAND) as running:
+        (short_path / "profiles" / "late.toml").write_text(stub_profile(model=str(model)))
+        running.process.send_signal(signal.SIGHUP)
+        running.wait_log("profiles read again")
+        code, body = running.post(CHAT, {"model": "late"})
+        assert (code, body["error"]["code"]) == (503, "model_missing")
+        write_demo_model(model)
+        wait_for(lambda: running.post(CHAT, {"model": "late"})[0] == 200, 30, running.text)
+
+
+def test_client_that_does_not_wait_for_a_load_is_told(short_path: Path) -> None:
+    """A client's own timeout ends its wait for a model that is being loaded, and nobody else's."""
+    with _two_profiles(short_path, "hang-at-load", **ON_DEMAND) as running:
+        url = f"http://127.0.0.1:{running.port}{CHAT}"
+        hurried = {"x-stainless-timeout": "0.5"}
+        code, body = fetch(url, b'{"model": "other"}', **hurried)
+        assert (code, body["error"]["code"]) == (503, "deadline")
+        assert running.status()["others"][0]["state"] != "failed"
 
 
 def test_idle_model_is_unloaded(short_path: Path) -> None:

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 from spark_llm.argv import served_names
+from spark_llm.config import Models
 from spark_llm.errors import ConfigError
 from spark_llm.profile import Profile, load_profile, profile_names
 from spark_llm.reason import Reason
@@ -58,3 +59,25 @@ def read(folders: tuple[Path, ...]) -> Catalogue:
                 f"profile {name} cannot be read: {error}", reason=Reason.BAD_PROFILE
             )
     return Catalogue(tuple(profiles), faults)
+
+
+def read_pinned(models: Models, first: Profile, folders: tuple[Path, ...]) -> tuple[Profile, ...]:
+    """The profiles that ``models.pinned`` names.
+
+    Args:
+        models: what may be loaded.
+        first: the profile beside which they are.
+        folders: of profiles; earlier ones win.
+
+    Raises:
+        ConfigError: one is unknown, or all together are more engines than may be loaded.
+    """
+    pinned = tuple(load_profile(name, folders) for name in models.pinned)
+    together = {first.name, *(profile.name for profile in pinned)}
+    if models.pinned and len(together) > models.max_loaded:
+        raise ConfigError(
+            f"models.pinned and the first model are {len(together)} engines, and "
+            f"models.max_loaded = {models.max_loaded}",
+            hint="Raise models.max_loaded, or pin fewer.",
+        )
+    return pinned

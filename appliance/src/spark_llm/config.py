@@ -57,7 +57,8 @@ class Gateway(_Section):
             to follow on. Those wait at the engine by arrival, all others here, fair by key.
         max_queue: requests that wait for one of those places; one more is answered 429, or takes the place of the
             newest of the key that has most waiting, if its own key has fewer.
-        queue_timeout_s: longest wait for a place, in seconds; less for a client that says how long it waits itself.
+        queue_timeout_s: longest wait for a place, or for a model to load, in seconds; less for a client that says how
+            long it waits itself.
         tls_certificate: PEM file with the certificate and its chain; empty takes the systemd credential
             ``tls-certificate``, and without one the gateway speaks plain HTTP.
         tls_key: PEM file with its key, without a passphrase; empty takes the systemd credential ``tls-key``.

@@ -5,20 +5,24 @@ import logging
 import time
 from collections.abc import Coroutine, Iterable
 from dataclasses import asdict
+from math import inf
 from typing import Any
 
 from spark_llm.admission import Limits
 from spark_llm.admission_queue import AdmissionQueue
-from spark_llm.catalogue import Catalogue, read
+from spark_llm.catalogue import Catalogue, read, read_pinned
 from spark_llm.config import Settings
-from spark_llm.errors import ConfigError, TryAgainError
+from spark_llm.errors import TryAgainError
 from spark_llm.folders import Folders
 from spark_llm.keeper import Keeper
+from spark_llm.loading import too_late, wait_settled
+from spark_llm.policy import Failure
 from spark_llm.preflight import refuse_hopeless
 from spark_llm.profile import Profile, load_profile
 from spark_llm.promises import Promises
 from spark_llm.reason import Reason
 from spark_llm.reply import Reply
+from spark_llm.retries import Retries, rules_of
 from spark_llm.status import SERVING, TERMINAL, Bus, State, Status, StatusBoard
 from spark_llm.switchover import Switch, steps
 
@@ -63,9 +67,10 @@ class Controller:
         self._switching: asyncio.Task[None] | None = None
         self._replacing = False
         self._unloading: dict[str, asyncio.Task[None]] = {}
+        self._retries = Retries(rules_of(settings))
         self._catalogue = Catalogue()
         self.read_profiles()
-        self._pinned = self._pinned_profiles(profile)
+        self._pinned = read_pinned(settings.models, profile, folders.profiles)
         self.primary = self._keeper(profile)
 
     @property
@@ -88,19 +93,32 @@ class Controller:
                 return keeper
         return self.primary
 
-    async def load(self, model: str) -> Keeper:
-        """As :meth:`route`, but starts a known profile that is not loaded, where that is allowed.
+    async def load(self, model: str, patience_s: float | None = None) -> Keeper:
+        """As :meth:`route`, but starts a known profile that is not loaded, where that is allowed, and waits for it.
+
+        Args:
+            model: what is asked for.
+            patience_s: how long the client waits, in seconds; None if it did not say.
 
         Raises:
-            Reply: 503 when it did not become ready, 429 when too many wait for it.
+            Reply: 503 when it did not become ready or will not in time, 429 when too many wait for it.
         """
         keeper = self.route(model)
-        if not self.settings.models.on_demand or model in keeper.names:
+        known = model in keeper.names
+        if not self.settings.models.on_demand or (
+            known and (keeper is self.primary or keeper.state in SERVING)
+        ):
             return keeper
-        profile = self._catalogue.serving(model)
+        profile = self._catalogue.serving(keeper.profile.name if known else model)
         if profile is None:
             return keeper
-        return await self._load_beside(profile)
+        longest = self._limits.queue_timeout_s
+        patience = longest if patience_s is None else min(patience_s, longest)
+        try:
+            async with asyncio.timeout(patience):
+                return await self._load_beside(profile, patience)
+        except TimeoutError:
+            raise too_late(profile.name, self.others.get(profile.name)) from None
 
     def keepers(self) -> list[Keeper]:
         """All of them, the primary first."""
@@ -199,8 +217,7 @@ class Controller:
 
     # several models
 
-    async def _load_beside(self, profile: Profile) -> Keeper:
-        models = self.settings.models
+    async def _load_beside(self, profile: Profile, patience_s: float = inf) -> Keeper:
         while leaving := self._unloading.get(profile.name):
             await asyncio.wait((leaving,))  # its socket has one place
         self._refuse_while_stopping()
@@ -209,32 +226,29 @@ class Controller:
         if self.last_switch is not None and self.last_switch.touches(profile.name):
             raise Reply(503, Reason.NOT_READY, "a switch is under way", retry_after_s=5)
         keeper = self.others.get(profile.name)
-        if keeper is not None and keeper.state in TERMINAL:
+        if keeper is None or keeper.state in TERMINAL:
+            keeper = self._load_anew(profile, keeper)
+        await wait_settled(
+            keeper, max_waiting=self.settings.models.max_waiting, patience_s=patience_s
+        )
+        if keeper.state in TERMINAL:
+            self._retries.refuse_too_soon(profile.name, keeper.board.now.message)
+        return keeper
+
+    def _load_anew(self, profile: Profile, failed: Keeper | None) -> Keeper:
+        """Start a keeper for ``profile``, in the place of one that failed if there is one."""
+        self._retries.refuse_too_soon(profile.name, failed.board.now.message if failed else "")
+        most = self.settings.models.max_loaded
+        if failed is not None:
             del self.others[profile.name]  # it has no engine; its place is for its successor
-            keeper = None
-        if keeper is None:
-            if len(self.others) + 1 >= models.max_loaded and not self._make_room():
-                raise Reply(
-                    503,
-                    Reason.DOES_NOT_FIT,
-                    f"{models.max_loaded} models are loaded and all are in use",
-                    retry_after_s=30,
-                )
-            keeper = self.others[profile.name] = self._keeper(profile)
-            keeper.start()
-        if keeper.waiting_to_load >= models.max_waiting:
+        if len(self.others) + 1 >= most and not self._make_room():
             raise Reply(
-                429,
-                Reason.QUEUE_FULL,
-                f"too many requests wait for {profile.name}",
+                503,
+                Reason.DOES_NOT_FIT,
+                f"{most} models are loaded and all are in use",
                 retry_after_s=30,
             )
-        keeper.waiting_to_load += 1
-        try:
-            await keeper.settled.wait()
-        finally:
-            keeper.waiting_to_load -= 1
-        return keeper
+        return self._start_beside(profile)
 
     def _make_room(self) -> bool:
         """Unload the other model that was idle longest; False if all are in use or pinned."""
@@ -286,7 +300,7 @@ class Controller:
             await asyncio.sleep(min(ttl, _UNLOAD_LOOK_S))
             for keeper in list(self.others.values()):
                 unused = time.monotonic() - keeper.used_at
-                if self._spared(keeper) and keeper.state in SERVING and unused >= ttl:
+                if self._spared(keeper) and keeper.state in SERVING | TERMINAL and unused >= ttl:
                     self._unload(keeper)
 
     # life
@@ -326,26 +340,24 @@ class Controller:
             if self._unloading:
                 await asyncio.wait(self._unloading.values())
 
-    def _pinned_profiles(self, first: Profile) -> tuple[Profile, ...]:
-        models = self.settings.models
-        pinned = tuple(load_profile(name, self.folders.profiles) for name in models.pinned)
-        together = {first.name, *(profile.name for profile in pinned)}
-        if models.pinned and len(together) > models.max_loaded:
-            raise ConfigError(
-                f"models.pinned and the first model are {len(together)} engines, and "
-                f"models.max_loaded = {models.max_loaded}",
-                hint="Raise models.max_loaded, or pin fewer.",
-            )
-        return pinned
+    def _start_beside(self, profile: Profile) -> Keeper:
+        keeper = self._keeper(profile, failures=self._retries.account(profile.name))
+        self.others[profile.name] = keeper
+        keeper.start()
+        return keeper
 
     def _start_pinned(self) -> None:
         """Load the pinned models that are not loaded."""
         for profile in self._pinned:
             if profile.name not in {self.primary.profile.name, *self.others}:
-                self.others[profile.name] = self._keeper(profile)
-                self.others[profile.name].start()
+                self._start_beside(profile)
 
-    def _keeper(self, profile: Profile, board: StatusBoard | None = None) -> Keeper:
+    def _keeper(
+        self,
+        profile: Profile,
+        board: StatusBoard | None = None,
+        failures: list[Failure] | None = None,
+    ) -> Keeper:
         return Keeper(
             self.settings,
             profile,
@@ -357,6 +369,7 @@ class Controller:
             # One at a time: while an engine stops, its memory is still to come back.
             make_room=lambda: bool(self._unloading) or self._make_room(),
             has_turn=lambda: self._has_turn(profile.name),
+            failures=failures,
         )
 
     def _refuse_while_stopping(self) -> None:

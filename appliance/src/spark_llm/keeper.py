@@ -21,6 +21,7 @@ from spark_llm.profile import Profile
 from spark_llm.promises import Promises
 from spark_llm.reason import Reason
 from spark_llm.reply import Reply
+from spark_llm.retries import rules_of
 from spark_llm.run import EngineFailedError, EngineRun
 from spark_llm.starts import Starts
 from spark_llm.status import SERVING, TERMINAL, State, StatusBoard
@@ -67,6 +68,7 @@ class Keeper:
         *,
         make_room: Callable[[], bool] = lambda: False,
         has_turn: Callable[[], bool] = lambda: True,
+        failures: list[policy.Failure] | None = None,
     ) -> None:
         self.profile = profile
         self.board = board
@@ -79,6 +81,7 @@ class Keeper:
         self.waiting_to_load = 0
         self._door = Door(board, queue)
         self._settings = settings
+        self._rules = rules_of(settings)
         self._tick = tick
         self._promises = promises
         self._preparation = Preparation(
@@ -88,7 +91,8 @@ class Keeper:
         self._recording: Recording | None = None
         self._need = 0
         self._starts = Starts(folders.state / "starts.json")
-        self._failures: list[policy.Failure] = []
+        self._last_start_s = self._starts.expected_s(profile.name)
+        self._failures = [] if failures is None else failures  # of keepers before it, too
         self._sealed: Namespace | None = None
         self._holding = ExitStack()
         self._stopping: asyncio.Task[None] | None = None
@@ -140,6 +144,11 @@ class Keeper:
             return 60
         return max(1, min(60, round(now.eta_s))) if now.eta_s is not None else 5
 
+    def expected_s(self) -> float | None:
+        """Time until it is ready, in seconds: by its progress, else as the last load took; None where nothing tells."""
+        eta = self.board.now.eta_s
+        return self._last_start_s if eta is None else eta
+
     def checks(self) -> tuple[policy.Check, ...]:
         """The named conditions of readiness."""
         now = self.board.now
@@ -152,7 +161,7 @@ class Keeper:
             memory_ok=now.reason is not Reason.MEMORY,
             draining=now.state in {State.DRAINING, State.STOPPING},
         )
-        return policy.readiness(facts, self._rules())
+        return policy.readiness(facts, self._rules)
 
     def start(self) -> None:
         """Begin, or begin anew after the end; progress is on the board."""
@@ -166,6 +175,7 @@ class Keeper:
             return
         lacking = await asyncio.to_thread(self._preparation.lacking, self.profile)
         if lacking < self._lacked and self._waits_for_model():  # it may have been stopped meanwhile
+            del self._failures[-1:]  # it is cured
             self.start()
 
     def _waits_for_model(self) -> bool:
@@ -258,11 +268,13 @@ class Keeper:
                         break
         except SparkLlmError as error:
             log.error("%s. %s", error.message, error.hint)  # noqa: TRY400  for a person, no traceback
+            self._note_failure(error.reason)
             self._lacked = await asyncio.to_thread(self._preparation.lacking, self.profile)
             self.board.enter(State.BLOCKED, error.reason, error.message, hint=error.hint)
         except Exception as error:
             # A fault of ours: say so everywhere instead of standing still without a word.
             log.exception("internal error")
+            self._note_failure(Reason.INTERNAL)
             hint = "The log has the traceback; please report it."
             self.run = None
             self.board.enter(
@@ -312,7 +324,7 @@ class Keeper:
                 percent=100,
                 proven=prepared.manifest.digest,
                 restarts=len(self._failures),
-                restarts_left=self._settings.engine.restart_budget - len(self._failures),
+                restarts_left=max(0, self._rules.restart_budget - len(self._failures)),
             )
             self._door.open(self.run.memory)
             self.settled.set()
@@ -343,13 +355,8 @@ class Keeper:
     async def _after_failure(self, error: EngineFailedError) -> bool:
         """Apply the restart policy; False when it says to stay down."""
         run, self.run = self.run, None
-        now = time.monotonic()
-        rules = self._rules()
-        self._failures.append(policy.Failure(now, error.reason))
-        self._failures = [
-            item for item in self._failures if now - item.at <= rules.restart_window_s
-        ]
-        verdict = policy.after_failure(self._failures, now, rules)
+        now = self._note_failure(error.reason)
+        verdict = policy.after_failure(self._failures, now, self._rules)
         log.error("%s (%s)", error.message, error.reason)
         details = {
             "last_log": run.last_log if run else (),
@@ -372,13 +379,13 @@ class Keeper:
             await asyncio.sleep(min(left, _TICK_S))
         return True
 
-    def _rules(self) -> policy.Rules:
-        engine = self._settings.engine
-        return policy.Rules(
-            freeze_timeout_s=engine.freeze_timeout_s,
-            restart_budget=engine.restart_budget,
-            restart_window_s=engine.restart_window_s,
-        )
+    def _note_failure(self, reason: Reason) -> float:
+        """Keep it among the recent ones; returns the time."""
+        now = time.monotonic()
+        window = self._rules.restart_window_s
+        recent = [item for item in self._failures if now - item.at <= window]
+        self._failures[:] = [*recent, policy.Failure(now, reason)]
+        return now
 
 
 async def _seal(namespace: Namespace) -> None:

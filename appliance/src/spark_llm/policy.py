@@ -175,10 +175,10 @@ def after_failure(failures: Sequence[Failure], now: float, rules: Rules) -> Verd
         now: monotonic clock, in seconds.
         rules: budget and window.
     """
-    recent = [item for item in failures if now - item.at <= rules.restart_window_s]
+    recent = _recent(failures, now, rules)
     last = failures[-1]
     left = max(rules.restart_budget - len(recent), 0)
-    delay = rules.first_delay_s * 3 ** max(len(recent) - 1, 0)
+    delay = _delay_s(recent, rules)
     if (hint := _NO_RETRY.get(last.reason)) is not None:
         return Verdict(Action.FAIL, last.reason, 0.0, left, hint)
     if last.reason is Reason.MEMORY and sum(item.reason is Reason.MEMORY for item in recent) > 1:
@@ -200,6 +200,35 @@ def after_failure(failures: Sequence[Failure], now: float, rules: Rules) -> Verd
             "read the journal, then start again.",
         )
     return Verdict(Action.RESTART, last.reason, delay, left)
+
+
+def next_try(failures: Sequence[Failure], now: float, rules: Rules) -> float:
+    """When requests may start a profile anew that was given up, on the monotonic clock, in seconds.
+
+    Whatever the cause was, somebody may have cured it: so there is always a next try, but within the window no more of
+    them than the budget has restarts.
+
+    Args:
+        failures: of this profile, oldest first.
+        now: monotonic clock, in seconds.
+        rules: budget and window.
+    """
+    recent = _recent(failures, now, rules)
+    if not recent:
+        return now
+    due = recent[-1].at + _delay_s(recent, rules)
+    if len(recent) > rules.restart_budget:
+        due = max(due, recent[-1 - rules.restart_budget].at + rules.restart_window_s)
+    return due
+
+
+def _recent(failures: Sequence[Failure], now: float, rules: Rules) -> list[Failure]:
+    return [item for item in failures if now - item.at <= rules.restart_window_s]
+
+
+def _delay_s(recent: Sequence[Failure], rules: Rules) -> float:
+    delay: float = rules.first_delay_s * 3 ** max(len(recent) - 1, 0)
+    return min(delay, rules.restart_window_s)
 
 
 _SURVIVED_S = 120.0

@@ -83,8 +83,8 @@ class Seat(Protocol):
 class Engines(Protocol):
     """What the data path asks of the controller."""
 
-    async def load(self, model: str) -> Seat:
-        """The engine for a model; waits while it is loaded on demand.
+    async def load(self, model: str, patience_s: float | None = None) -> Seat:
+        """The engine for a model; waits while it is loaded on demand, no longer than ``patience_s`` seconds.
 
         Raises:
             Reply: it cannot be had.
@@ -166,7 +166,7 @@ class Proxy:
             await exchange.break_off(Reason.DRAINING, "the service stops; try again later")
 
     async def _forward(self, exchange: "_Exchange", body: bytes) -> None:
-        seat = await self._engines.load(exchange.model)
+        seat = await self._engines.load(exchange.model, exchange.patience_s)
         seat.upstream()  # no place in the queue while nothing is ready
         place = (
             nullcontext()
@@ -298,11 +298,11 @@ class _Exchange:
 
     @property
     def patience_s(self) -> float | None:
-        """How long the client's library will wait, where it says so (OpenAI's and Anthropic's do)."""
+        """How long the client's library will still wait, where it says so (OpenAI's and Anthropic's do), in seconds."""
         for name, value in self.headers:
             if name in {b"x-stainless-timeout", b"x-request-timeout"}:
                 try:
-                    return max(float(value), 0.0)
+                    return max(0.0, float(value) - (time.perf_counter() - self.started))
                 except ValueError:
                     return None
         return None
