@@ -1,5 +1,6 @@
 """Bundles: a model in one file, and everything a bad file can try."""
 
+import errno
 import hashlib
 import io
 import json
@@ -16,7 +17,7 @@ import pytest
 import zstandard
 from spark_llm.errors import SparkLlmError
 from spark_llm.reason import Reason
-from spark_llm.store import Store, unbundle
+from spark_llm.store import Store, durable, unbundle
 from spark_llm.store.bundle import export
 from spark_llm.store.hashing import hash_file
 
@@ -53,7 +54,8 @@ def test_a_bundle_carries_a_model_to_a_machine_without_a_network(
 
 def test_a_bundle_is_the_same_every_time(exported: Path, pull: Puller, tmp_path: Path) -> None:
     """The checksum that export prints can be compared, so the bytes do not depend on the day."""
-    export(pull.store, MODEL, "", tmp_path / "again.tar.zst")
+    _, digest = export(pull.store, MODEL, "", tmp_path / "again.tar.zst")
+    assert digest == hash_file(exported).sha256
     assert (tmp_path / "again.tar.zst").read_bytes() == exported.read_bytes()
 
 
@@ -99,6 +101,21 @@ def test_a_mistyped_checksum_is_refused_at_once(exported: Path, other: Store) ->
     assert not other.root.exists()
 
 
+def test_a_new_model_survives_a_power_cut(
+    exported: Path, other: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name of the model's folder is on the disk, too, once the snapshot is visible."""
+    synced: list[tuple[Path, bool]] = []
+
+    def sync(folder: Path) -> None:
+        synced.append((folder, other.locate(MODEL) is not None))
+
+    monkeypatch.setattr(durable, "sync_folder", sync)
+    import_bundle(other.root, exported)
+    assert (other.root, True) in synced
+    assert (other.root / "org--name", True) in synced
+
+
 def test_importing_twice_changes_nothing(exported: Path, other: Store) -> None:
     """A model that is there stays as it is."""
     import_bundle(other.root, exported)
@@ -116,6 +133,25 @@ def test_a_damaged_model_is_not_exported(pull: Puller, exported: Path, tmp_path:
         export(pull.store, MODEL, "", tmp_path / "bad.tar.zst")
     assert caught.value.reason is Reason.MODEL_CORRUPT
     assert not list(tmp_path.glob("*bad*"))
+
+
+@pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS])
+def test_an_export_that_cannot_be_put_in_place_leaves_nothing(
+    pull: Puller, exported: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    """What was written goes again, and the error is one of ours even if it cannot."""
+
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise OSError(error, "no", str(self))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", refuse)
+        with pytest.raises(SparkLlmError, match="cannot write"):
+            export(pull.store, MODEL, "", exported)
+        assert not list(exported.parent.glob(f"{durable.TEMPORARY_PREFIX}*"))
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(SparkLlmError, match="cannot write"):
+            export(pull.store, MODEL, "", exported)
 
 
 def repack(bundle: Path, change: Callable[[Members], None]) -> None:

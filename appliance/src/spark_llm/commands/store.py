@@ -215,7 +215,6 @@ def export_bundle(
     from spark_llm.commands.progress_view import byte_bar
     from spark_llm.store import Store, split_name
     from spark_llm.store.bundle import export
-    from spark_llm.store.hashing import hash_file
     from spark_llm.store.plan import gigabytes
 
     _, folders = load_store(config)
@@ -223,11 +222,11 @@ def export_bundle(
     store = Store(folders.models)
     total = store.receipt(name, revision).size
     with byte_bar(Console(stderr=True), f"exporting {name}", total) as advance:
-        proof = export(store, name, revision, file, advance)
+        proof, sha256 = export(store, name, revision, file, advance)
     typer.echo(
         f"{file}: {name}@{proof.commit}, {len(proof.files)} files, {gigabytes(file.stat().st_size)}"
     )
-    typer.echo(f"sha256 {hash_file(file).sha256}")
+    typer.echo(f"sha256 {sha256}")
 
 
 @bundle_app.command("import")

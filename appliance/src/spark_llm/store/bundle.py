@@ -4,6 +4,8 @@ The first member, ``bundle.json``, lists every file with the hub's own hashes; t
 ``spark_llm.store.unbundle`` reads it.
 """
 
+import contextlib
+import hashlib
 import io
 import json
 import os
@@ -36,8 +38,11 @@ def export(
     revision: str,
     target: Path,
     advance: Callable[[int], None] = lambda _: None,
-) -> Receipt:
-    """Write a bundle of one verified snapshot. The same snapshot always gives the same bytes.
+) -> tuple[Receipt, str]:
+    """Write a bundle of one verified snapshot; its receipt, and the bundle's sha256 in hex.
+
+    The same snapshot always gives the same bytes. They are hashed as they are written: a file that another took the
+    place of later would not be vouched for.
 
     Args:
         store: where it is.
@@ -55,7 +60,8 @@ def export(
     temporary = target.with_name(f"{durable.TEMPORARY_PREFIX}{target.name}")
     try:
         with store.reading(model, "export"), temporary.open("xb") as stream:
-            _write(stream, snapshot, proof, advance)
+            hashed = _Hashed(stream)
+            _write(hashed, snapshot, proof, advance)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(target)
@@ -68,27 +74,43 @@ def export(
             hint=f"Remove {temporary}.",
         ) from None
     except PermissionError as error:
+        _discard(temporary)
         raise RefusedError(
             f"cannot write {target}: {error.strerror}",
             reason=Reason.UNWRITABLE_DIRECTORY,
             hint="Root acts as the store's user here. Write it to /var/tmp, say, and move it.",
         ) from error
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise SparkLlmError(
             f"cannot write {target}: {error.strerror}",
             reason=Reason.NO_DISK,
             hint="Is there space, and may you write?",
         ) from error
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        _discard(temporary)
         raise
-    return proof
+    return proof, hashed.sha256.hexdigest()
 
 
-def _write(
-    stream: IO[bytes], snapshot: Path, proof: Receipt, advance: Callable[[int], None]
-) -> None:
+def _discard(temporary: Path) -> None:
+    with contextlib.suppress(OSError):  # where it cannot be made it cannot be removed
+        temporary.unlink()
+
+
+class _Hashed:
+    """Hashes what goes into a file."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self.sha256 = hashlib.sha256()
+
+    def write(self, block: bytes) -> int:
+        self.sha256.update(block)
+        return self._stream.write(block)
+
+
+def _write(stream: _Hashed, snapshot: Path, proof: Receipt, advance: Callable[[int], None]) -> None:
     index = {
         "format": FORMAT,
         "model": proof.model,
@@ -99,7 +121,7 @@ def _write(
     }
     compressor = zstandard.ZstdCompressor(level=_LEVEL, threads=-1, write_checksum=True)
     with (
-        compressor.stream_writer(stream, closefd=False) as packed,
+        compressor.stream_writer(stream, closefd=False) as packed,  # type: ignore[arg-type]  # writes only
         tarfile.open(fileobj=packed, mode="w|") as tar,
     ):
         text = json.dumps(index, indent=1, sort_keys=True).encode()

@@ -35,6 +35,7 @@ def publish(folder: ModelFolder, proof: Receipt) -> Path:
     snapshot = folder.snapshot(proof.commit)
     incoming.path.rename(snapshot)
     durable.sync_folder(folder.path)
+    durable.sync_folder(folder.root)  # the model's folder may be as new
     return snapshot
 
 
