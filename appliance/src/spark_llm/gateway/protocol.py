@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from spark_llm.gateway.upgrade import UpgradeFilter
+from spark_llm.gateway.upgrade_header import UpgradeFilter
 from spark_llm.gateway.wire import error_body
 from spark_llm.reason import Reason
 

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
-from spark_llm.gateway.upgrade import UpgradeFilter
+from spark_llm.gateway.upgrade_header import UpgradeFilter
 
 HEAD = (
     b"POST /v1/completions HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\n"
