@@ -132,7 +132,7 @@ def test_pull_fails_when_its_fetch_is_killed(
 def test_pull_without_an_outcome_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Events that end with neither result nor failure are no success."""
     monkeypatch.setenv("SPARK_LLM_PATHS__STATE", str(tmp_path))
-    monkeypatch.setattr(Store, "fetch", lambda *_: iter([Note("hello")]))
+    monkeypatch.setattr(Store, "fetch", lambda *_, **__: iter([Note("hello")]))
     app = Typer(pretty_exceptions_enable=False)
     commands.register(app)
     assert isinstance(CliRunner().invoke(app, ["pull", MODEL]).exception, TryAgainError)
