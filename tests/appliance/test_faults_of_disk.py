@@ -1,5 +1,6 @@
 """What the service does when the disk does not take what it writes."""
 
+import asyncio
 import errno
 import os
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from spark_llm.admission import Limits
-from spark_llm.config import Settings
+from spark_llm.config import Engine, Settings
 from spark_llm.controller import Controller
 from spark_llm.errors import RefusedError
 from spark_llm.folders import Folders
@@ -136,3 +137,43 @@ async def test_stop_that_fails_leaves_no_other_engine(
     controller.request_stop()
     await controller.serve()
     assert other.state is State.STOPPED
+
+
+@pytest.mark.anyio
+async def test_block_that_cannot_be_told_is_still_an_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the store cannot be read after a refusal, whoever waits for the start hears of it all the same."""
+
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, "no answer")
+
+    monkeypatch.setattr(Preparation, "lacking", broken)
+    settings = Settings(engine=Engine(python=str(tmp_path / "no-python")))
+    keeper = Controller(settings, _demo(), _folders(tmp_path), Limits()).primary
+    keeper.start()
+    async with asyncio.timeout(10):
+        await keeper.settled.wait()
+    assert (keeper.state, keeper.board.now.reason) == (State.FAILED, Reason.INTERNAL)
+
+
+@pytest.mark.anyio
+async def test_stop_that_broke_off_is_begun_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop that failed is not the last one: asked again, it stops the engine that is still there."""
+    keeper = Controller(Settings(), _demo(), _folders(tmp_path), Limits()).primary
+    stops = []
+
+    class Run:
+        async def stop(self, *_: object) -> None:
+            stops.append(self)
+            if len(stops) == 1:
+                raise OSError(errno.EIO, "no answer")
+
+    monkeypatch.setattr(keeper, "run", Run())
+    with pytest.raises(OSError, match="no answer"):
+        await keeper.stop(asyncio.Event())
+    await keeper.stop(asyncio.Event())
+    assert len(stops) == 2
+    assert keeper.state is State.STOPPED

@@ -5,7 +5,6 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
 
 from spark_llm import policy
 from spark_llm.admission_queue import AdmissionQueue
@@ -24,21 +23,12 @@ from spark_llm.reply import Reply
 from spark_llm.retries import rules_of
 from spark_llm.run import EngineFailedError, EngineRun
 from spark_llm.starts import Starts
-from spark_llm.status import SERVING, TERMINAL, State, StatusBoard
+from spark_llm.status import NO_ENGINE, SERVING, TERMINAL, State, StatusBoard
 from spark_llm.upstream import Upstream, UpstreamError
 
 _TICK_S = 1.0
 _CANARY_TIMEOUT_S = 180.0
 """On demand, behind whatever else the engine has to do."""
-_NO_ENGINE: dict[str, Any] = {
-    "engine_pid": None,
-    "run_id": "",
-    "speed": "",
-    "memory_bytes": 0,
-    "memory_peak_bytes": 0,
-}
-"""Fields of the status that belong to a run."""
-
 log = logging.getLogger("spark_llm.keeper")
 
 
@@ -209,22 +199,24 @@ class Keeper:
     async def stop(self, hurry: asyncio.Event, reason: Reason = Reason.STOPPED_BY_USER) -> None:
         """Stop the engine and wait until nothing of it is left; at once when ``hurry`` is set.
 
-        It goes on when its caller is cancelled, and whoever asks again waits for the same stop.
+        It goes on when its caller is cancelled, and whoever asks again waits for the same stop; one that broke off is
+        begun anew.
         """
-        if self._stopping is None:
+        stopping = self._stopping
+        if stopping is None or (stopping.done() and stopping.exception() is not None):
             self.board.enter(State.STOPPING, reason)
-            self._stopping = asyncio.create_task(self._stop(hurry))
-        await asyncio.shield(self._stopping)
-        self.board.enter(State.STOPPED, reason, percent=0, **_NO_ENGINE)
+            stopping = self._stopping = asyncio.create_task(self._stop(hurry))
+        await asyncio.shield(stopping)
+        self.board.enter(State.STOPPED, reason, percent=0, **NO_ENGINE)
 
     async def _stop(self, hurry: asyncio.Event) -> None:
         if self._work is not None:
             self._work.cancel()
             await asyncio.wait((self._work,))
         with self._holding:  # the model and the caches are its own until it is gone
-            run, self.run = self.run, None
-            if run is not None:
-                await run.stop(self._settings.engine.stop_timeout_s, hurry)
+            if self.run is not None:
+                await self.run.stop(self._settings.engine.stop_timeout_s, hurry)
+                self.run = None
                 if self._sealed is not None:
                     await _seal(self._sealed)  # with what was compiled since it was ready
         self._give_up()
@@ -260,6 +252,21 @@ class Keeper:
 
     async def _keep_running(self) -> None:
         try:
+            await self._run_while_allowed()
+        except Exception as error:
+            # A fault of ours: say so everywhere instead of standing still without a word.
+            log.exception("internal error")
+            self._note_failure(Reason.INTERNAL)
+            hint = "The log has the traceback; please report it."
+            self.run = None
+            self.board.enter(
+                State.FAILED, Reason.INTERNAL, repr(error), hint=hint, proven="", **NO_ENGINE
+            )
+        self._give_up()
+
+    async def _run_while_allowed(self) -> None:
+        """Run after run, until the restart policy says to stay down or something is in the way of a start."""
+        try:
             while True:
                 try:
                     await self._one_run()
@@ -271,16 +278,6 @@ class Keeper:
             self._note_failure(error.reason)
             self._lacked = await asyncio.to_thread(self._preparation.lacking, self.profile)
             self.board.enter(State.BLOCKED, error.reason, error.message, hint=error.hint)
-        except Exception as error:
-            # A fault of ours: say so everywhere instead of standing still without a word.
-            log.exception("internal error")
-            self._note_failure(Reason.INTERNAL)
-            hint = "The log has the traceback; please report it."
-            self.run = None
-            self.board.enter(
-                State.FAILED, Reason.INTERNAL, repr(error), hint=hint, proven="", **_NO_ENGINE
-            )
-        self._give_up()
 
     async def _one_run(self) -> None:
         """From preflight to the end of one engine run, which is always an error."""
@@ -365,7 +362,7 @@ class Keeper:
             "manifest": "",
             "proven": "",
             "percent": 0,
-            **_NO_ENGINE,
+            **NO_ENGINE,
         }
         if verdict.action is policy.Action.FAIL:
             hint = verdict.hint or error.hint

@@ -86,6 +86,16 @@ class Status:
         return asdict(self)
 
 
+NO_ENGINE: dict[str, Any] = {
+    "engine_pid": None,
+    "run_id": "",
+    "speed": "",
+    "memory_bytes": 0,
+    "memory_peak_bytes": 0,
+}
+"""Fields of the status that belong to a run."""
+
+
 @dataclass(frozen=True)
 class Event:
     """One thing that happened.
