@@ -53,6 +53,7 @@ class Watchman:
         self._on_level = on_level
         self._command = [
             sys.executable,
+            "-P",  # nothing is imported from the folder where the service was called
             "-m",
             "spark_llm.guard",
             *_arguments(settings, group, report),
