@@ -61,7 +61,8 @@ def in_a_terminal(folder: Path, *before: str) -> Iterator[tuple[Service, int]]:
     with log.open("wb") as stream:
         process = subprocess.Popen(
             [
-                *("setsid", "--ctty", *before),
+                # whoever runs the tests may have hangups ignored, which is inherited
+                *("env", "--default-signal=HUP", "setsid", "--ctty", *before),
                 *(sys.executable, "-m", "spark_llm.cli", "serve", "--port", "0"),
             ],
             env=env,
