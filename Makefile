@@ -6,12 +6,15 @@ PY := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest
 
 .PHONY: serve test check venv engine systemd lock clean help
-.PHONY: test-appliance test-kernels test-nix test-e2e test-systemd soak
+.PHONY: test-appliance test-beside test-kernels test-nix test-e2e test-systemd soak
 
 serve: venv engine ## serve the demo model on http://127.0.0.1:8000 with the embedded engine
 	$(VENV)/bin/spark-llm serve --profile demo
 
-test: check test-appliance test-kernels test-nix test-e2e test-systemd ## everything that CI runs
+test: check test-appliance test-beside test-e2e test-systemd ## everything that CI runs
+
+test-beside: venv engine # two suites that wait for no clock and mind no neighbour, beside each other
+	$(MAKE) -j2 --output-sync=target test-kernels test-nix
 
 check: venv ## lint and types
 	$(VENV)/bin/ruff check .
