@@ -136,13 +136,18 @@ def litellm(folder: Path, step_us: int) -> Iterator[Target]:
 def spark_llm(folder: Path, step_us: int) -> Iterator[Target]:
     """The whole appliance as `spark-llm serve` runs it, with the synthetic upstream as its engine."""
     port = free_port()
+    profiles = folder / "profiles"
+    profiles.mkdir(exist_ok=True)
+    # The upstream's tokens are not the demo's, so the canary takes any.
+    (profiles / "synthetic.toml").write_text('extends = "demo"\n\n[canary]\npattern = ""\n')
     environment = {
+        "SPARK_LLM_PATHS__PROFILES": str(profiles),
         "SPARK_LLM_ENGINE__PYTHON": str(stand_in_engine(folder, step_us)),
         "SPARK_LLM_PATHS__STATE": str(folder / "state"),
         "SPARK_LLM_PATHS__CACHE": str(folder / "cache"),
         "SPARK_LLM_PATHS__RUNTIME": str(folder / "run"),
     }
-    command = ["spark-llm", "serve", "--profile", "demo", "--port", port]
+    command = ["spark-llm", "serve", "--profile", "synthetic", "--port", port]
     with _started("spark-llm", command, port, folder, environment) as target:
         yield target
 

@@ -1,7 +1,6 @@
 """Error bodies in the shape that the client's library expects. Pure."""
 
 import json
-import re
 from typing import Any
 
 from spark_llm.reason import Reason
@@ -69,7 +68,7 @@ def aborted(answer: bytes) -> bool:
     Args:
         answer: the whole JSON of an answer that is not streamed.
     """
-    return _TELLTALE.search(answer) is not None and _cut_off(_parsed(answer))
+    return any(word in answer for word in _WHOLE_TELLTALES) and _cut_off(_parsed(answer))
 
 
 def aborted_in(events: bytes) -> bool:
@@ -78,13 +77,14 @@ def aborted_in(events: bytes) -> bool:
     Args:
         events: whole server-sent events; each is judged by itself.
     """
-    return _TELLTALE.search(events) is not None and any(
+    return any(word in events for word in _TELLTALES) and any(
         _cut_off(_parsed(line[5:])) for line in events.split(b"\n") if line.startswith(b"data:")
     )
 
 
-_TELLTALE = re.compile(rb'"(?:abort|cancelled|message_delta)"|"type":\s*"message"')
-"""An answer without these is whole; most events of a stream are not parsed."""
+_TELLTALES = (b'"abort"', b'"cancelled"', b'"message_delta"')
+"""An event without these is whole, and not parsed. Each is looked for by itself, which is faster than an expression."""
+_WHOLE_TELLTALES = (*_TELLTALES, b'"type":"message"', b'"type": "message"')
 
 
 def _parsed(text: bytes) -> Any:  # noqa: ANN401  any JSON value
