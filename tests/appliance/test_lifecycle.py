@@ -1,4 +1,7 @@
-"""Start, fail, drain and stop, with the real command and a stub engine that shows the fault."""
+"""Start, fail, drain and stop, with the real command and a stub engine that shows the fault.
+
+Over 400 lines because each state is reached through the others, with the same few helpers.
+"""
 
 import os
 import re
